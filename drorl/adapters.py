@@ -1,0 +1,68 @@
+"""Two adapters on one base: who is active, who is trained.
+
+One frozen base carries two LoRA adapters, `selector` and `generator`: half the memory of two models. PEFT's
+`set_adapter` freezes every adapter but the active one, so an optimizer, DDP or gradient clipping that looks at
+`requires_grad` would lose the other. [`activate`] switches without freezing.
+"""
+
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import PreTrainedModel
+
+SELECTOR, GENERATOR = "selector", "generator"
+ROLES = (SELECTOR, GENERATOR)
+
+
+def add_adapters(base: PreTrainedModel, config: LoraConfig, roles: tuple[str, ...] = ROLES) -> PeftModel:
+    """Returns `base` with one trainable adapter per role; the base is frozen.
+
+    Raises:
+        ValueError: if `config.bias` is not `"none"`: a trained bias would be shared by both roles.
+    """
+    if config.bias != "none":
+        raise ValueError(f"LoraConfig(bias={config.bias!r}) would train one bias for both roles; use bias='none'")
+    first, *others = roles
+    model = get_peft_model(base, config, adapter_name=first)
+    for role in others:
+        model.add_adapter(role, config)
+    activate(model, first)
+    return model
+
+
+def trainable_roles(model: PeftModel) -> tuple[str, ...]:
+    """Returns the roles that have an adapter in `model`."""
+    return tuple(role for role in ROLES if role in model.peft_config)
+
+
+def activate(model: PeftModel, role: str) -> None:
+    """Makes the adapter of `role` the one that computes, and leaves every adapter trainable.
+
+    Gradient checkpointing recomputes in the backward pass with whatever adapter is active then: a role's backward pass
+    has to end before the other role is activated.
+
+    Raises:
+        ValueError: if `model` has no adapter of that name.
+    """
+    if role not in model.peft_config:
+        raise ValueError(f"the model has no adapter {role!r}; it has {', '.join(map(repr, model.peft_config))}")
+    if model.active_adapter != role:
+        model.set_adapter(role)
+    model.base_model.set_requires_grad(list(trainable_roles(model)))
+
+
+def adapter_parameters(model: nn.Module, role: str) -> dict[str, nn.Parameter]:
+    """Returns the parameters of one adapter, by name."""
+    return {name: p for name, p in model.named_parameters() if f".{role}." in name}
+
+
+def load_adapter_weights(model: PeftModel, directory: str, role: str) -> None:
+    """Copies saved weights into the existing adapter of `role`, which keeps its place in the optimizer.
+
+    Raises:
+        ValueError: if the file lacks weights that the adapter has.
+    """
+    result = set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"), adapter_name=role)
+    missing = [key for key in result.missing_keys if f".{role}." in key]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"{directory} does not hold the adapter {role!r}: {len(missing)} weights are missing")

@@ -1,0 +1,40 @@
+"""Gold answers: which string y is scored, and how likely the generator finds it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .likelihood import sequence_logps
+from .metrics import surface_form
+
+
+def scored_answers(row: Mapping[str, Any], answer_target: str, num_candidates: int) -> list[str]:
+    """Returns the gold answers whose likelihood is the signal, see `DROConfig.answer_target`.
+
+    Looks at nothing but `answers` and the candidates that the selector sees.
+    """
+    answers = [answer for answer in row["answers"] if answer.strip()]
+    if answer_target == "first":
+        return answers[:1]
+    if answer_target == "marginal":
+        return list(dict.fromkeys(answers))
+    return [surface_form(answers, [c["text"] for c in row["candidates"][:num_candidates]])]
+
+
+def answer_logps(
+    model: nn.Module, prompts: Sequence[Sequence[int] | None], answers: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    r"""Returns $\log \sum_y p_g(y|x,d_z)$ over the tokenized answers y for each prompt, `(m,)`, nats, differentiable.
+
+    With one answer this is its log-likelihood, summed over its tokens. A prompt that is `None` (no permutation) scores
+    `-inf`. Equal prompts are encoded once.
+    """
+    given = [list(prompt) for prompt in prompts if prompt is not None]
+    if not given:
+        return torch.full((len(prompts),), -torch.inf)
+    logps = sequence_logps(model, [(prompt, answer) for prompt in given for answer in answers])
+    scores = torch.stack([tokens.sum() for tokens in logps]).view(len(given), len(answers)).logsumexp(dim=-1)
+    where = torch.tensor([prompt is not None for prompt in prompts], device=scores.device)
+    return scores.new_full((len(prompts),), -torch.inf).masked_scatter(where, scores)

@@ -1,0 +1,170 @@
+"""Settings of a DRO run."""
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+from .losses import ADVANTAGES
+from .permutations import IDENTIFIERS
+
+ANSWER_TARGETS = ("first", "surface", "marginal")
+BASELINES = ("none", "mean", "leave_one_out")
+PROPOSALS = ("policy", "first_choices", "retriever")
+SELECTOR_OBJECTIVES = (*ADVANTAGES, "none")
+GENERATOR_OBJECTIVES = ("dro", "sft", "none")
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+@dataclass
+class DROConfig(GRPOConfig):
+    r"""Configuration of [`DROTrainer`]: `trl.GRPOConfig` and what DRO adds, in the order of the data flow.
+
+    Defaults are the paper's (https://huggingface.co/papers/2505.03075, sections 3 and 4) unless said otherwise.
+    `per_device_train_batch_size` counts permutations, as in TRL, and must be a multiple of `num_generations` (m), so
+    that the samples of a query stay on one process.
+
+    Parameters that control the rows
+
+        num_candidates (`int`, *optional*, defaults to `20`): N, passages read by the selector; longer lists are cut.
+        num_selected (`int`, *optional*, defaults to `5`): K, passages read by the generator.
+        shuffle_candidates (`bool`, *optional*, defaults to `False`): shows the candidates in a random order, drawn
+            anew each time a query is seen, so that position is no shortcut. `False`: the retriever's order (paper).
+        max_passage_tokens (`int`, *optional*): cuts each passage to this many tokens.
+        max_prompt_length (`int`, *optional*): window of the selector's prompt, tokens; default: the model's, less
+            `max_completion_length`. Passages are cut to fit, never the query.
+        max_answer_length (`int`, *optional*, defaults to `32`): tokens that the generator may write in evaluation.
+        answer_target (`str`, *optional*, defaults to `"surface"`): which y is scored when there are several gold
+            answers. `"first"` (the authors' code), `"surface"` (the form that occurs in the candidates), `"marginal"`
+            (log of the summed likelihood of all distinct answers).
+
+    Parameters that control the selector's policy
+
+        identifiers (`str`, *optional*, defaults to `"number"`): `"number"` (paper, `[3] > [1]`), `"letter"`, `"title"`
+        constrained (`bool`, *optional*, defaults to `True`): normalises the policy over valid permutations. `False`:
+            free text (paper), repaired as [`~permutations.parse_permutation`] says, with `permutations/valid_rate`.
+        selector_temperature (`float`, *optional*, defaults to `1.0`): divides the selector's logits, in sampling and
+            in the loss; this is TRL's `temperature`, which follows it.
+        retrieval_prior_weight (`float`, *optional*, defaults to `0.0`): adds this times the retriever's score to the
+            logit of each candidate (product of experts). 0 is the paper.
+
+    Parameters that control the E-step
+
+        proposal (`str`, *optional*, defaults to `"policy"`): where permutations come from. `"policy"`: sampled
+            (paper). `"first_choices"`: one permutation for every first choice, the exact expectation over it
+            (`num_generations` = `num_candidates`). `"retriever"`: the retriever's order alone; with
+            `num_generations=1` this is the supervised warm-up of both models.
+        proposal_temperature (`float`, *optional*, defaults to `1.0`): flattens the policy that is sampled from; the
+            weights are corrected by p_s/q, so they stay exact.
+        weight_temperature (`float`, *optional*, defaults to `1.0`): tempers the answer's likelihood in the weights.
+
+    Parameters that control the M-step
+
+        selector_objective (`str`, *optional*, defaults to `"dro"`): `dro`, `grpo`, `rloo` or `none` (frozen selector).
+        generator_objective (`str`, *optional*, defaults to `"dro"`): `dro`, `sft` (gold answer from the retriever's
+            first K passages) or `none` (frozen generator).
+        baseline (`str`, *optional*, defaults to `"none"`): `none` (paper), `mean` or `leave_one_out`; variance only.
+        generator_learning_rate (`float`, *optional*): default: `learning_rate`, which is the selector's.
+    """
+
+    num_candidates: int = field(default=20, metadata={"help": "N: passages that the selector reads."})
+    num_selected: int = field(default=5, metadata={"help": "K: passages that the generator reads."})
+    shuffle_candidates: bool = field(default=False, metadata={"help": "Show the candidates in a random order."})
+    max_passage_tokens: int | None = field(default=None, metadata={"help": "Cut each passage to so many tokens."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Window of the selector's prompt, tokens."})
+    max_answer_length: int = field(default=32, metadata={"help": "Longest generated answer, tokens."})
+    answer_target: str = field(
+        default="surface", metadata={"help": "Gold answer that is scored.", "choices": ANSWER_TARGETS}
+    )
+    identifiers: str = field(
+        default="number", metadata={"help": "How a permutation names passages.", "choices": IDENTIFIERS}
+    )
+    constrained: bool = field(default=True, metadata={"help": "Normalise the policy over valid permutations."})
+    selector_temperature: float = field(default=1.0, metadata={"help": "Temperature of the selector's policy."})
+    retrieval_prior_weight: float = field(default=0.0, metadata={"help": "Weight of the retriever's score."})
+    proposal: str = field(default="policy", metadata={"help": "Where permutations come from.", "choices": PROPOSALS})
+    proposal_temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling proposal."})
+    weight_temperature: float = field(default=1.0, metadata={"help": "Tempers the likelihood in the weights."})
+    selector_objective: str = field(
+        default="dro", metadata={"help": "Objective of the selector.", "choices": SELECTOR_OBJECTIVES}
+    )
+    generator_objective: str = field(
+        default="dro", metadata={"help": "Objective of the generator.", "choices": GENERATOR_OBJECTIVES}
+    )
+    baseline: str = field(default="none", metadata={"help": "Control variate of the weights.", "choices": BASELINES})
+    generator_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the generator; default: learning_rate."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        self.temperature = self.selector_temperature
+        if self.bf16 is None and not torch.cuda.is_available():
+            self.bf16 = False  # TRL would turn it on; without matrix units for it bf16 is up to 120 times slower
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            # A group of one has no group advantage, which is why TRL refuses it; weighted likelihood needs no group.
+            if self.num_generations != 1 or "at least 2 generations" not in str(error):
+                raise
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
+        _choice("answer_target", self.answer_target, ANSWER_TARGETS)
+        _choice("identifiers", self.identifiers, IDENTIFIERS)
+        _choice("proposal", self.proposal, PROPOSALS)
+        _choice("selector_objective", self.selector_objective, SELECTOR_OBJECTIVES)
+        _choice("generator_objective", self.generator_objective, GENERATOR_OBJECTIVES)
+        _choice("baseline", self.baseline, BASELINES)
+        _choice("loss_type", self.loss_type, LOSS_TYPES)
+
+    def _check_numbers(self) -> None:
+        for name in ("num_candidates", "num_selected", "num_generations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("selector_temperature", "proposal_temperature", "weight_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.num_selected > self.num_candidates:
+            raise ValueError(
+                f"num_selected (K={self.num_selected}) is larger than num_candidates (N={self.num_candidates}); "
+                "lower K or retrieve more passages"
+            )
+        if self.temperature not in (1.0, self.selector_temperature):
+            raise ValueError(
+                f"temperature={self.temperature} and selector_temperature={self.selector_temperature} are the same "
+                "setting; set selector_temperature only"
+            )
+
+    def _check_combinations(self) -> None:
+        if self.selector_objective == "none" and self.generator_objective == "none":
+            raise ValueError("selector_objective and generator_objective are both 'none': there is nothing to train")
+        if self.num_generations == 1 and (self.baseline != "none" or self.selector_objective in ("grpo", "rloo")):
+            raise ValueError(
+                "a baseline (and the objectives grpo and rloo) compares the samples of a query, so it needs "
+                "num_generations >= 2; use baseline='none' with selector_objective='dro' for num_generations=1"
+            )
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size ({self.per_device_train_batch_size}) counts permutations and must be a "
+                f"multiple of num_generations ({self.num_generations}), so that a query is never split over processes"
+            )
+        if self.proposal == "first_choices" and self.num_generations != self.num_candidates:
+            raise ValueError(
+                f"proposal='first_choices' draws one permutation per candidate: set num_generations "
+                f"({self.num_generations}) to num_candidates ({self.num_candidates})"
+            )
+        if self.proposal == "retriever" and self.num_generations != 1:
+            raise ValueError("proposal='retriever' has one permutation per query: set num_generations=1")
+        if not self.constrained and (self.proposal != "policy" or self.proposal_temperature != 1.0):
+            raise ValueError("constrained=False samples free text: it needs proposal='policy', proposal_temperature=1")
+        if not self.constrained and self.retrieval_prior_weight:
+            raise ValueError("retrieval_prior_weight needs constrained=True: free text has no candidate to weigh")
+        if self.beta != 0.0:
+            raise ValueError("beta must be 0: DRO's M-step has no KL term, and drorl keeps no reference adapter")

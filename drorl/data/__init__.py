@@ -1,0 +1,1 @@
+"""Rows to train on: their schema, and the embedded data set."""

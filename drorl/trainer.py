@@ -1,0 +1,538 @@
+r"""The DRO trainer: GRPO's loop with another weight and a second learner.
+
+One optimization step is
+
+    E-step  `_generate_and_score_completions`   the selector draws m permutations of each query
+    M-step  `_compute_loss`                     the generator scores the gold answer under each, the scores become
+                                                weights (losses.weigh -> weights.py), and the weights train the
+                                                generator (Eq. 11) from the same pass, then the selector (Eq. 10)
+
+Differences from the paper (https://huggingface.co/papers/2505.03075): both steps alternate per batch, as in TRL,
+instead of once per pass over the data (`steps_per_generation` moves towards the paper); adapters instead of full
+models; the policy is constrained to valid permutations unless `constrained=False`.
+
+Shapes: B queries, m permutations of each, K chosen, T decisions (constrained: K) or tokens (free text).
+"""
+
+import os
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import GRPOTrainer
+
+from .adapters import GENERATOR, SELECTOR, activate, adapter_parameters, add_adapters, load_adapter_weights
+from .answers import answer_logps, scored_answers
+from .config import DROConfig
+from .data.rows import validate_rows
+from .evaluation import Record, aggregate, evaluate_rows
+from .likelihood import sequence_logps
+from .losses import LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
+from .models import load_model_and_tokenizer
+from .permutations import Permutation, parse_permutation
+from .pipeline import PipelineSettings, RAGPipeline
+from .prompts import SelectorPrompt
+from .rollouts import Draw
+
+# Every private name of TRL and transformers that is overridden or used here; tests/test_trl_contract.py checks each
+# against the installed version, so that an upgrade fails with one clear message.
+OVERRIDDEN_TRL_HOOKS = {
+    "_generate_and_score_completions": ("inputs",),
+    "_compute_loss": ("model", "inputs"),
+    "_save_checkpoint": ("model", "trial"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_best_model": (),
+    "_clip_grad_norm": ("model",),
+    "_save": ("output_dir", "state_dict"),
+    "create_optimizer": ("model",),
+    "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
+}
+USED_TRL_HOOKS = {"_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations")}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One query's permutations, as the E-step leaves them for the M-step; nothing here has a gradient."""
+
+    prompt: SelectorPrompt
+    scores: list[float] | None
+    """N: the retriever's scores, when the policy uses them."""
+    permutations: list[Permutation | None]
+    """m: `None` for a free text in which no identifier was recognised."""
+    completion_ids: list[list[int]] | None
+    """m: the sampled tokens, in free text only."""
+    proposal_logps: torch.Tensor
+    """(m, T): log q of each decision or token, nats."""
+    old_selector_logps: torch.Tensor
+    """(m, T): log p_s when the permutations were drawn, nats."""
+    contexts: list[list[int] | None]
+    """m: the generator's prompt for each permutation."""
+    supervised_context: list[int]
+    """The generator's prompt over the retriever's first K passages."""
+    answers: list[list[int]]
+    """The tokenized gold answers that are scored."""
+
+
+def _no_reward(*_: Any, **__: Any) -> list[float]:
+    raise NotImplementedError("DROTrainer computes its reward in the E-step; TRL must not ask for it")
+
+
+class DROTrainer(GRPOTrainer):
+    r"""Trains a selector and a generator jointly with Direct Retrieval-augmented Optimization.
+
+    $$\mathcal{L} = -\sum_i w_i \log p_s(z_i|x,d) \;-\; \sum_i w_i \log p_g(y|x,d_{z_i}), \qquad
+      w_i = \frac{p_g(y|x,d_{z_i})}{\sum_j p_g(y|x,d_{z_j})}$$
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): base of the selector (and of the generator, unless
+            `generator_model` is given). A `PeftModel` brings its adapters, named `selector` and `generator`.
+        args ([`DROConfig`]): settings.
+        train_dataset (`Dataset` or list of rows): rows `query`, `answers`, `candidates` (list of `{id, title, text}`,
+            in the retriever's order, with `score` for a retrieval prior).
+        eval_dataset (`Dataset`, *optional*): rows of the same form.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; default: the one saved beside the model.
+        generator_model (`str`, `PreTrainedModel` or `PeftModel`, *optional*): a separate base for the generator.
+        generator_processing_class (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
+        peft_config (`LoraConfig`, *optional*): default: rank 16, alpha 32, all linear layers.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Example:
+
+    ```python
+    trainer = DROTrainer("Qwen/Qwen3-0.6B", DROConfig("outputs/run"), train_dataset=rows)
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "dro", "drorl"]
+    _name = "DRO"
+    _paper = {
+        "title": "Direct Retrieval-augmented Optimization: Synergizing Knowledge Selection and Language Models",
+        "id": "2505.03075",
+        "citation": textwrap.dedent("""\
+            @article{shi2025direct,
+                title        = {{Direct Retrieval-augmented Optimization: Synergizing Knowledge Selection and
+                                 Language Models}},
+                author       = {Zhengliang Shi and Lingyong Yan and Weiwei Sun and Yue Feng and Pengjie Ren and
+                                Xinyu Ma and Shuaiqiang Wang and Dawei Yin and Maarten de Rijke and Zhaochun Ren},
+                year         = 2025,
+                eprint       = {arXiv:2505.03075},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: DROConfig,
+        train_dataset: Dataset | Sequence[Mapping[str, Any]],
+        eval_dataset: Dataset | Sequence[Mapping[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        generator_model: str | PreTrainedModel | PeftModel | None = None,
+        generator_processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+    ):
+        torch.manual_seed(args.seed)  # adapters are initialised at random
+        shared = generator_model is None
+        model, tokenizer = _prepare(model, peft_config, (SELECTOR, GENERATOR) if shared else (SELECTOR,), args)
+        generator_tokenizer = None
+        if generator_model is not None:
+            generator_model, generator_tokenizer = _prepare(generator_model, peft_config, (GENERATOR,), args)
+        super().__init__(
+            model=model,
+            reward_funcs=_no_reward,
+            args=args,
+            train_dataset=self._rows(train_dataset, args),
+            eval_dataset=None if eval_dataset is None else self._rows(eval_dataset, args),
+            processing_class=processing_class or tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if generator_model is not None:
+            generator_model = self.accelerator.prepare_model(generator_model)
+        self.pipeline = RAGPipeline(
+            self.model,
+            self.processing_class,
+            PipelineSettings.from_config(args),
+            generator_model,
+            generator_processing_class or generator_tokenizer,
+        )
+        self.last_records: list[Record] = []
+
+    @staticmethod
+    def _rows(rows: Dataset | Sequence[Mapping[str, Any]], args: DROConfig) -> Dataset:
+        rows, _ = validate_rows(rows, args.num_selected, require_scores=args.retrieval_prior_weight != 0)
+        return rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
+
+    # --------------------------------------------------------------------------------------------------------- E-step
+    @torch.no_grad()
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The E-step: draws permutations of each query. `inputs` repeats each row m times, as TRL samples them."""
+        rows = inputs[:: self.num_generations]
+        shown = [self.pipeline.present(row["query"], row["candidates"], seed=self._shuffle_seed()) for row in rows]
+        if self.args.constrained:
+            drawn = [self._draw(row, passages) for row, passages in zip(rows, shown, strict=True)]
+        else:
+            drawn = self._draw_free_text(rows, shown)
+        rollouts = [self._rollout(*parts) for parts in zip(rows, shown, drawn, strict=True)]
+        self._log_rollouts(rollouts)
+        num_items = torch.stack([r.old_selector_logps.isfinite().sum() for r in rollouts]).sum().float()
+        return {
+            "row": torch.arange(len(rows)),  # TRL splits the batch along the first tensor
+            "rollouts": rollouts,
+            "num_items_in_batch": self.accelerator.gather(num_items.to(self.accelerator.device)).sum(),
+        }
+
+    def _shuffle_seed(self) -> str:
+        return f"{self.args.seed}/{self.state.global_step}"
+
+    def _draw(self, row: Mapping[str, Any], shown: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """Draws permutations of one query from the constrained policy."""
+        args = self.args
+        decisions = self.pipeline.decisions(row["query"], shown)
+        if args.proposal == "retriever":
+            order = tuple(shown.index(candidate) for candidate in row["candidates"][: args.num_selected])
+            draw = Draw([order], torch.zeros(1, args.num_selected))  # q is one point, log q = 0
+        else:
+            every_first_choice = args.proposal == "first_choices"
+            draw = decisions.sample(self.num_generations, args.proposal_temperature, every_first_choice)
+        return {
+            "prompt": decisions.prompt,
+            "scores": decisions.scores,
+            "permutations": draw.permutations,
+            "completion_ids": None,
+            "proposal_logps": draw.proposal_logps,
+            "old_selector_logps": decisions.permutation_logps(draw.permutations)[0],
+        }
+
+    def _draw_free_text(self, rows: list[dict], shown: list[list[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        """Samples m texts of each query with TRL's own generation, and reads permutations from them."""
+        model = self.pipeline.role(SELECTOR)
+        prompts = [self.pipeline.prompts.selector(row["query"], s) for row, s in zip(rows, shown, strict=True)]
+        repeated = [prompt.ids for prompt in prompts for _ in range(self.num_generations)]
+        completions, _ = self._generate_single_turn(repeated, None, {}, self.num_generations)
+        drawn = []
+        for i, prompt in enumerate(prompts):
+            ids = completions[i * self.num_generations : (i + 1) * self.num_generations]
+            texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+            parsed = [parse_permutation(t, prompt.identifiers, self.args.num_selected) for t in texts]
+            self._log_metric("permutations/valid_rate", sum(p.valid for p in parsed) / len(parsed))
+            logps = self._free_text_logps(model, prompt, ids)
+            drawn.append(
+                {
+                    "prompt": prompt,
+                    "scores": None,
+                    "permutations": [p.permutation for p in parsed],
+                    "completion_ids": ids,
+                    "proposal_logps": logps,
+                    "old_selector_logps": logps,
+                }
+            )
+        return drawn
+
+    def _free_text_logps(self, model: nn.Module, prompt: SelectorPrompt, ids: list[list[int]]) -> torch.Tensor:
+        """Returns token log-probabilities `(m, T)`, `-inf` where a text has ended."""
+        logps = sequence_logps(model, [(prompt.ids, tokens) for tokens in ids], self.args.selector_temperature)
+        return pad_sequence(logps, batch_first=True, padding_value=-torch.inf)
+
+    def _rollout(self, row: Mapping[str, Any], shown: list[Mapping[str, Any]], drawn: dict[str, Any]) -> Rollout:
+        """Adds what the generator will read and what it is to answer."""
+        prompts = self.pipeline.generator_prompts
+        query, candidates = row["query"], row["candidates"]
+        contexts = [
+            None if z is None else prompts.generator(query, [shown[i] for i in z]) for z in drawn["permutations"]
+        ]
+        answers = [prompts.answer(a) for a in scored_answers(row, self.args.answer_target, self.args.num_candidates)]
+        return Rollout(
+            **drawn,
+            contexts=contexts,
+            supervised_context=prompts.generator(query, candidates[: self.args.num_selected]),
+            answers=answers,
+        )
+
+    def _log_rollouts(self, rollouts: list[Rollout]) -> None:
+        mode = "train" if self.model.training else "eval"
+        unique = [len(set(r.permutations)) / len(r.permutations) for r in rollouts]
+        self._metrics[mode]["permutations/unique_ratio"].append(sum(unique) / len(unique))
+        for name, values in self._pending_metrics.items():
+            self._metrics[mode][name].append(sum(values) / len(values))
+        self._pending_metrics.clear()
+        truncated = self.pipeline.prompts.num_truncated_passages / max(self.pipeline.prompts.num_passages, 1)
+        self._metrics[mode]["passages/truncated_ratio"].append(truncated)
+
+    # --------------------------------------------------------------------------------------------------------- M-step
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """The M-step: weighs the permutations, trains the generator, and returns the selector's loss.
+
+        The generator's scores give the weights and its loss in one pass. Its backward pass ends before the selector's
+        forward pass begins: their graphs never coexist, and gradient checkpointing, which recomputes with whatever
+        adapter is active during backward, recomputes each role under its own.
+        """
+        args, rollouts = self.args, inputs["rollouts"]
+        train_selector, train_generator = args.selector_objective != "none", args.generator_objective != "none"
+        selector_logps = self._selector_logps_now(model, rollouts)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and args.generator_objective == "dro"):
+            generator_logps = self._generator_logps(model, rollouts)
+        weighting = self._weigh(rollouts, selector_logps, generator_logps.detach())
+        metrics = dict(weighting.metrics)
+        loss = torch.zeros((), device=self.accelerator.device)
+        if train_generator:
+            output = self._generator_loss(model, rollouts, generator_logps, weighting)
+            metrics |= {"generator/loss": output.loss, **output.metrics}
+            loss = output.loss / self.current_gradient_accumulation_steps
+            if train_selector and torch.is_grad_enabled():
+                with self.accelerator.no_sync(model):  # DDP averages once, in the step's last backward pass
+                    self.accelerator.backward(loss)
+                loss = loss.detach() + self._touch(GENERATOR)
+        if train_selector:
+            output = self._selector_loss(model, rollouts, weighting, inputs["num_items_in_batch"])
+            metrics |= {"selector/loss": output.loss, **output.metrics}
+            loss = loss + output.loss / self.current_gradient_accumulation_steps
+        self._log_means(metrics)
+        return loss
+
+    def _generator_logps(self, model: nn.Module, rollouts: list[Rollout]) -> torch.Tensor:
+        """Returns log p_g(y|x,d_z), `(B, m)`; `-inf` where there is no permutation."""
+        generator = self._generator(model)
+        return self._stack([answer_logps(generator, r.contexts, r.answers) for r in rollouts], -torch.inf)
+
+    def _generator(self, model: nn.Module) -> nn.Module:
+        generator = model if self.pipeline.generator_model is None else self.pipeline.generator_model
+        activate(self.accelerator.unwrap_model(generator), GENERATOR)
+        return generator
+
+    def _generator_loss(
+        self, model: nn.Module, rollouts: list[Rollout], generator_logps: torch.Tensor, weighting: Weighting
+    ) -> LossOutput:
+        if self.args.generator_objective == "dro":
+            return weighted_mle_loss(generator_logps, weighting.importance_weights)
+        generator = self._generator(model)
+        logps = torch.stack([answer_logps(generator, [r.supervised_context], r.answers) for r in rollouts])
+        return weighted_mle_loss(logps, torch.ones_like(logps))
+
+    def _selector_logps_now(self, model: nn.Module, rollouts: list[Rollout]) -> torch.Tensor:
+        """Returns log p_s(z|x,d) under the current selector without gradient, `(B, m)`.
+
+        On-policy these are the E-step's. Otherwise the selector has moved since, and the weights follow it.
+        """
+        on_policy = (
+            self.num_iterations == 1 and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
+        )
+        if on_policy or self.args.selector_objective == "none":
+            return _sum(self._stack([r.old_selector_logps for r in rollouts], -torch.inf))
+        with torch.no_grad():
+            return _sum(self._selector_logps(model, rollouts)[0])
+
+    def _selector_logps(self, model: nn.Module, rollouts: list[Rollout]) -> tuple[torch.Tensor, dict]:
+        """Returns log p_s of each decision or token, `(B, m, T)`, `-inf` in the padding, and metrics."""
+        activate(self.accelerator.unwrap_model(model), SELECTOR)
+        if not self.args.constrained:
+            logps = [self._free_text_logps(model, r.prompt, r.completion_ids or []) for r in rollouts]
+            return self._stack(logps, -torch.inf), {}
+        policy = self.pipeline.policy
+        scored = [policy.permutation_logps(model, r.prompt, r.permutations, r.scores) for r in rollouts]
+        entropy = torch.stack([entropies.mean() for _, entropies in scored]).mean()
+        return self._stack([logps for logps, _ in scored], -torch.inf), {"selector/entropy": entropy}
+
+    def _selector_loss(
+        self, model: nn.Module, rollouts: list[Rollout], weighting: Weighting, num_items: torch.Tensor
+    ) -> LossOutput:
+        token_logps, metrics = self._selector_logps(model, rollouts)
+        if self.args.selector_objective == "dro":
+            output = weighted_mle_loss(_sum(token_logps), weighting.advantages)
+        else:
+            output = self._surrogate(token_logps, rollouts, weighting, num_items)
+        return LossOutput(output.loss, metrics | output.metrics)
+
+    def _surrogate(
+        self, token_logps: torch.Tensor, rollouts: list[Rollout], weighting: Weighting, num_items: torch.Tensor
+    ) -> LossOutput:
+        mask = token_logps.isfinite()
+        old = self._stack([r.old_selector_logps for r in rollouts], -torch.inf)
+        return clipped_surrogate_loss(
+            token_logps.masked_fill(~mask, 0.0),
+            old.masked_fill(~mask, 0.0),
+            mask,
+            weighting.advantages,
+            self.epsilon_low,
+            self.epsilon_high,
+            self.loss_type,
+            # TRL counts the tokens of the generation batch; this call is one of its `steps_per_generation` parts.
+            num_items.clamp(min=1) / self.accelerator.num_processes / self.args.steps_per_generation,
+            self.max_completion_length,
+        )
+
+    def _stack(self, rows: list[torch.Tensor], fill: float) -> torch.Tensor:
+        """Stacks one tensor per query, `(m', T')` or `(m',)`, into `(B, m, T)` or `(B, m)`, padded with `fill`."""
+        shape = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
+        stacked = torch.full((len(rows), *shape), fill, dtype=rows[0].dtype, device=self.accelerator.device)
+        for i, row in enumerate(rows):
+            stacked[(i, *map(slice, row.shape))] = row
+        return stacked
+
+    def _weigh(
+        self, rollouts: list[Rollout], selector_logps: torch.Tensor, generator_logps: torch.Tensor
+    ) -> Weighting:
+        args = self.args
+        proposal_logps = _sum(self._stack([r.proposal_logps for r in rollouts], -torch.inf))
+        scores = Scores(generator_logps, selector_logps, proposal_logps)
+        objective = "dro" if args.selector_objective == "none" else args.selector_objective
+        return weigh(scores, objective, args.weight_temperature, args.baseline, args.scale_rewards)
+
+    def _touch(self, role: str) -> torch.Tensor | float:
+        """A zero through which the last backward pass reaches the other role: DDP averages what it sees."""
+        if self.accelerator.num_processes == 1:
+            return 0.0
+        return sum(0.0 * p.sum() for p in adapter_parameters(self.model, role).values())
+
+    def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Logs each scalar's mean over processes."""
+        mode = "train" if self.model.training else "eval"
+        values = torch.stack([v.detach().float().to(self.accelerator.device) for v in metrics.values()])
+        for name, value in zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True):
+            self._metrics[mode][name].append(value)
+
+    # ------------------------------------------------------------------------------------------------------ evaluation
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Returns exact match, F1, recall@k and the bound `iw_elbo` of the whole system, decoded greedily.
+
+        The records of the questions stay in `last_records`, in the order of the rows.
+        """
+        rows = self.eval_dataset if eval_dataset is None else self._rows(eval_dataset, self.args)
+        if rows is None:
+            raise ValueError("evaluate() needs an eval_dataset")
+        was_training = self.model.training
+        self.model.eval()
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        shard = rows.select(range(rank, len(rows), world))
+        records = evaluate_rows(
+            self.pipeline, shard, answer_target=self.args.answer_target, num_samples=self.args.num_generations
+        )
+        gathered = gather_object([list(zip(range(rank, len(rows), world), records, strict=True))])
+        self.last_records = [
+            record for _, record in sorted((p for part in gathered for p in part), key=lambda p: p[0])
+        ]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in aggregate(self.last_records).items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train(was_training)
+        return metrics
+
+    # ------------------------------------------------------------------------------------------ optimizer, checkpoints
+    def _trained_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Returns the parameters of each role that is trained."""
+        roles = {}
+        if self.args.selector_objective != "none":
+            roles[SELECTOR] = list(adapter_parameters(self.model, SELECTOR).values())
+        if self.args.generator_objective != "none":
+            owner = self.pipeline.generator_model or self.model
+            roles[GENERATOR] = list(adapter_parameters(owner, GENERATOR).values())
+        return roles
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Creates the optimizer with one parameter group per trained role, each with its own learning rate."""
+        if self.optimizer is None:
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rates = {SELECTOR: self.args.learning_rate, GENERATOR: self.args.generator_learning_rate}
+            groups = [
+                {
+                    "params": parameters,
+                    "lr": self.args.learning_rate if rates[role] is None else rates[role],
+                    "weight_decay": self.args.weight_decay,
+                }
+                for role, parameters in self._trained_parameters().items()
+            ]
+            self.optimizer = optimizer_cls(groups, **kwargs)
+            # The Trainer zeroes the gradients of `self.model` only; a separate generator is not part of it.
+            self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """Clips each role by itself, so that one's large gradient does not shrink the other's."""
+        norms = [
+            self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+            for parameters in self._trained_parameters().values()
+        ]
+        return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.pipeline.save_pretrained(output_dir or self.args.output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        for role in (SELECTOR, GENERATOR):
+            owner = (
+                self.pipeline.generator_model if role == GENERATOR and self.pipeline.generator_model else self.model
+            )
+            load_adapter_weights(owner, os.path.join(resume_from_checkpoint, role), role)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes the checkpoint aside and renames it, so that a full disk or a kill leaves the previous one whole."""
+        run_dir = Path(self.args.output_dir)
+        staging = run_dir / ".incomplete"
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        shutil.rmtree(staging, ignore_errors=True)
+        self.args.output_dir = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(run_dir)
+        if self.args.should_save:
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(
+                    run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                )
+            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+            os.replace(staging / name, run_dir / name)
+            shutil.rmtree(staging)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+
+def _sum(token_logps: torch.Tensor) -> torch.Tensor:
+    """Sums `(B, m, T)` over T without its padding; a sample that is all padding stays `-inf`."""
+    mask = token_logps.isfinite()
+    total = token_logps.masked_fill(~mask, 0.0).sum(dim=-1)
+    return total.masked_fill(~mask.any(dim=-1), -torch.inf)
+
+
+def _prepare(
+    model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, roles: tuple[str, ...], args: DROConfig
+) -> tuple[PeftModel, PreTrainedTokenizerBase | None]:
+    """Returns the model with an adapter for each of `roles`, and its tokenizer when it was loaded by name."""
+    tokenizer = None
+    if isinstance(model, str):
+        kwargs = dict(args.model_init_kwargs or {})
+        model, tokenizer = load_model_and_tokenizer(model, kwargs.pop("dtype", "auto"), **kwargs)
+    if isinstance(model, PeftModel):
+        for role in reversed(roles):
+            activate(model, role)
+    else:
+        default = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = add_adapters(model, peft_config or default, roles)
+    return model, tokenizer

@@ -1,0 +1,39 @@
+"""Gradients by name, and comparisons that refuse to compare nothing."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+Gradients = dict[str, torch.Tensor]
+
+
+def randomise_adapters(model: nn.Module, seed: int = 0, scale: float = 0.3) -> None:
+    """Draws every LoRA B, which is made of zeros: with those an adapter changes nothing, and A has no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.copy_(scale * values)
+
+
+def gradients(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], retain_graph: bool = False) -> Gradients:
+    """The gradient of a loss with respect to each of the named parameters; one that has no part in it fails."""
+    values = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain_graph)
+    return dict(zip(parameters, values, strict=True))
+
+
+def accumulated(parameters: Mapping[str, nn.Parameter]) -> Gradients:
+    """The gradients that backward passes have left in the parameters, zeros where there are none."""
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
+
+
+def assert_same_gradients(actual: Gradients, expected: Gradients, rtol: float, atol: float = 0.0) -> None:
+    """Checks that two gradients agree, relative to the largest entry of each tensor, and that none is zero."""
+    assert actual.keys() == expected.keys()
+    assert expected
+    for name, gradient in expected.items():
+        size = gradient.abs().max().item()
+        assert size > atol, f"{name} has no gradient, so there is nothing to compare"
+        difference = (actual[name] - gradient).abs().max().item()
+        assert difference <= rtol * size + atol, f"{name}: differs by {difference:.2e} where the largest is {size:.2e}"

@@ -1,0 +1,206 @@
+"""The build of VitalQA, step by step on a made-up corpus, and the real one once."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from drorl.data import packages, vitalqa
+from drorl.data.rows import validate_rows
+from drorl.data.vitalqa import Corpus, Question, make_rows, read_passages, read_questions, split_of, to_dataset
+
+PASSAGES = {
+    "Danube": "The Danube is a river that flows through Vienna and Budapest before it reaches the Black Sea.",
+    "Rhine": "The Rhine is a river that flows through Basel and Cologne before it reaches the North Sea.",
+    "Thames": "The Thames is a river that flows through Oxford and London before it reaches the North Sea.",
+    "Vienna": "Vienna is the capital of Austria, a city of music whose opera house opened in the year 1869.",
+    "Cologne": "Cologne is a city of Germany whose cathedral was finished only in the nineteenth century.",
+}
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    """The five passages above."""
+    return Corpus([{"id": title, "title": title, "text": text} for title, text in PASSAGES.items()])
+
+
+def question(query: str, *answers: str, source: str = "trivia") -> Question:
+    """A question whose id is its text."""
+    return Question(query, source, query, list(answers))
+
+
+def kept(corpus: Corpus, *questions: Question) -> dict[str, str]:
+    """Query -> gold of the questions that pass the filter, with three candidates each."""
+    return {row["query"]: row["gold"] for row in make_rows(questions, corpus, num_candidates=3)}
+
+
+def test_a_supported_question_is_kept_with_its_gold(corpus: Corpus) -> None:
+    """A question is kept when a candidate contains an answer and shares enough of its terms; that one is the gold."""
+    river = question("The river that flows by Cologne and Basel", "Rhine", "Rhein")
+    assert kept(corpus, river) == {river.query: "Rhine"}
+
+
+@pytest.mark.parametrize(
+    ("dropped", "why"),
+    [
+        (question("The river that flows by Cologne and Basel", "Po"), "no candidate contains an answer"),
+        (
+            question("The river Rhine that reaches the North Sea", "Rhine"),
+            "the question has the answer",
+        ),
+        (
+            question("The river that flows into the sea", "Vienna and Budapest before it reaches the Black Sea"),
+            "the answer has more than six tokens",
+        ),
+        (question("A river", "Rhine"), "only one term is shared"),
+        (question("Through the river", "Rhine"), "a function word is no second term"),
+        (question("The river that flows by Cologne", "the", "?"), "the answers are empty once normalised"),
+        (question("Xylophone quagga", "Rhine"), "too few passages share a term"),
+    ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
+)
+def test_an_unsupported_question_is_dropped(corpus: Corpus, dropped: Question, why: str) -> None:
+    """Each condition of the filter is enough to drop a question by itself."""
+    assert kept(corpus, dropped) == {}, why
+
+
+def test_coverage_is_asked_for_by_source(corpus: Corpus) -> None:
+    """A passage that covers about half of a question's idf mass supports it where 40 % will do, not 70 %."""
+    query = "The river that flows by Basel and zebras"
+    assert kept(corpus, question(query, "Rhine", source="trivia")) == {query: "Rhine"}
+    assert kept(corpus, question(query, "Rhine", source="wq")) == {}
+
+
+def test_answer_words_do_not_count_as_coverage(corpus: Corpus) -> None:
+    """Terms of the answer are taken out of the question first: sharing them is what containing an answer is."""
+    sea = "The sea that is black"
+    assert kept(corpus, question(sea, "Budapest")) == {sea: "Danube"}
+    assert kept(corpus, question(sea, "Black Sea")) == {}
+
+
+def test_candidates_are_in_the_retrievers_order(corpus: Corpus) -> None:
+    """Scores fall, equal ones are in the corpus' order, and passages without a shared term are no candidates."""
+    (hits,) = corpus.search(vitalqa.analyse(["The river that reaches the North Sea"]), k=5)
+    assert [list(PASSAGES)[position] for position, _ in hits] == ["Rhine", "Thames", "Danube"]
+    assert hits[0][1] == hits[1][1] > hits[2][1] > 0
+
+
+def test_questions_with_one_gold_share_a_split(corpus: Corpus) -> None:
+    """The split is a function of the gold passage, so no passage is gold in two of them, and no row is lost."""
+    queries = [f"The river that flows by {city}" for city in ("Basel", "Cologne", "London", "Oxford", "Vienna")]
+    rows = make_rows([question(query, "Rhine", "Thames", "Danube") for query in queries], corpus, num_candidates=3)
+    golds = {name: set(part["gold"]) for name, part in to_dataset(rows).items()}
+    assert sum(part.num_rows for part in to_dataset(rows).values()) == len(rows) == 5
+    assert all(split_of(gold) == name for name, of_split in golds.items() for gold in of_split)
+    assert set().union(*golds.values()) == {"Rhine", "Thames", "Danube"}
+
+
+def test_splits_have_their_shares() -> None:
+    """Of many gold passages, the three splits get about the shares asked for: 19, 8 and 73 %."""
+    splits = [split_of(f"passage {i}") for i in range(5000)]
+    for split, share in {"test": 0.19, "validation": 0.08, "train": 0.73}.items():
+        assert splits.count(split) / 5000 == pytest.approx(share, abs=0.02)
+
+
+def test_the_build_is_deterministic(corpus: Corpus) -> None:
+    """The same input in another order of questions gives the same rows, byte for byte, and they are valid rows."""
+    questions = [question(f"The river that flows by {city}", "Rhine", "Thames") for city in ("Basel", "London")]
+    rows = make_rows(questions, corpus, num_candidates=3)
+    again = make_rows(questions[::-1], Corpus(corpus.passages), num_candidates=3)
+    assert json.dumps(rows) == json.dumps(again)
+    assert validate_rows(rows, num_selected=3, require_scores=True)[1].kept == 2
+
+
+def test_equal_questions_are_kept_once() -> None:
+    """Of questions that differ in case, punctuation or articles only, the first stays, in its place."""
+    questions = [question("Who is the king?", "A"), question("where"), question("who is king", "B")]
+    assert vitalqa.distinct_questions(questions) == questions[:2]
+
+
+def test_malformed_rows_are_skipped_and_counted(tmp_path: Path) -> None:
+    """A row with unbalanced quotes, no list, code, or no answers costs itself alone; quoted rows are read in full."""
+    path = tmp_path / "topics.dpr.trivia.dev.txt"
+    good = [
+        "What is\u0085it?\t['this', \"that's\"]\r",  # U+0085 ends no row
+        '"""Who sang """"Help""""?"""\t"[\'The Beatles\', ""The Fab Four\'s""]"\r',
+    ]
+    bad = ["Q\t['a", "Q\t'a'", "Q\t[]", "Q\t[1]", "Q", "\t['a']", "Q\t__import__('os').getcwd()", "Q\t\"['a'] x\" y"]
+    path.write_text("\n".join([good[0], *bad, good[1], ""]), encoding="utf-8", newline="")
+    questions, malformed = read_questions(path, "trivia")
+    assert malformed == len(bad)
+    assert [(q.id, q.query, q.answers) for q in questions] == [
+        ("trivia-dev-0", "What is\u0085it?", ["this", "that's"]),
+        ("trivia-dev-9", 'Who sang "Help"?', ["The Beatles", "The Fab Four's"]),
+    ]
+
+
+def test_json_rows(tmp_path: Path) -> None:
+    """WebQuestions' rows are JSON; one that is cut off, or lacks its answers, is counted as malformed."""
+    path = tmp_path / "topics.dpr.wq.test.txt"
+    path.write_text('{"question": "who?", "answer": ["me"]}\n{"question": "wh\n{"question": "who?"}\n', "utf-8")
+    assert read_questions(path, "wq") == ([Question("wq-test-0", "wq", "who?", ["me"])], 2)
+
+
+def test_short_passages_are_left_out(tmp_path: Path) -> None:
+    """An introduction of eleven words is no passage, one of twelve is."""
+    articles = {name: {"title": name, "extract": " ".join("w" * words)} for name, words in {"a": 11, "b": 12}.items()}
+    path = tmp_path / "summaries.json"
+    path.write_text(json.dumps(articles), encoding="utf-8")
+    assert [passage["id"] for passage in read_passages(path)] == ["b"]
+
+
+def test_recall_of_random_order_is_its_expectation(corpus: Corpus) -> None:
+    """With one of three candidates holding the answer, recall@1 is 1/3 at random and recall@3 is 1 in any order."""
+    rows = make_rows([question("The river that flows by Basel", "Rhine")], corpus, num_candidates=3)
+    facts = vitalqa.describe_rows(rows)
+    assert facts["answer_recall_random_order"]["1"] == pytest.approx(1 / 3, abs=1e-4)
+    assert facts["answer_recall_random_order"]["3"] == facts["answer_recall_bm25_order"]["3"] == 1.0
+
+
+def test_a_finished_build_is_loaded_not_repeated(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `_build` wrote is what is loaded, schema included, and the second call does not build."""
+    cities = {"Basel": "Rhine", "London": "Thames", "Budapest": "Danube"}
+    rows = make_rows([question(f"The river that flows by {c}", river) for c, river in cities.items()], corpus, 3)
+    splits = dict(zip(cities.values(), ("train", "validation", "test"), strict=True))
+    monkeypatch.setattr(vitalqa, "split_of", splits.__getitem__)
+    builds = []
+
+    def build(folder: Path, cache: Path) -> None:
+        builds.append(cache)
+        to_dataset(rows).save_to_disk(folder / "rows")
+        (folder / "facts.json").write_text('{"name": "VitalQA"}', encoding="utf-8")
+
+    monkeypatch.setattr(vitalqa, "_build", build)
+    for _ in range(2):
+        loaded = vitalqa.load_vitalqa(tmp_path)
+        assert {name: part[0] for name, part in loaded.items()} == {splits[row["gold"]]: row for row in rows}
+        assert all(part.features == vitalqa.FEATURES for part in loaded.values())
+    assert vitalqa.vitalqa_facts(tmp_path) == {"name": "VitalQA"}
+    assert builds == [tmp_path]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_real_set(tmp_path: Path) -> None:
+    """The real build has the sizes and recall that are documented, disjoint golds, and a rebuild gives equal rows."""
+    dataset, facts = vitalqa.load_vitalqa(), vitalqa.vitalqa_facts()
+    assert (facts["passages"], sum(facts["questions_read"].values())) == (10021, 34549)
+    assert {name: part.num_rows for name, part in dataset.items()} == {"train": 1764, "validation": 165, "test": 423}
+    assert facts["all"]["answer_recall_bm25_order"]["1"] == pytest.approx(0.76, abs=0.01)
+    assert facts["all"]["answer_recall_random_order"]["1"] == pytest.approx(0.11, abs=0.01)
+    golds = [set(part["gold"]) for part in dataset.values()]
+    assert sum(map(len, golds)) == len(set().union(*golds))
+    for part in dataset.values():
+        assert validate_rows(part, num_selected=20, require_scores=True)[1].kept == part.num_rows
+        assert all(row["gold"] in {c["id"] for c in row["candidates"]} for row in part)
+
+    vitalqa._build(tmp_path, packages.cache_dir())
+    assert json.loads((tmp_path / "facts.json").read_text(encoding="utf-8")) == facts  # has checksums of all rows
+
+    console = Console(file=io.StringIO(), width=100)
+    vitalqa.print_facts(console)
+    assert "never" in console.file.getvalue()  # ty: ignore[missing-attribute]
