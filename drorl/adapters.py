@@ -5,10 +5,15 @@ One frozen base carries two LoRA adapters, `selector` and `generator`: half the 
 `requires_grad` would lose the other. [`activate`] switches without freezing.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .models import load_model_and_tokenizer
 
 SELECTOR, GENERATOR = "selector", "generator"
 ROLES = (SELECTOR, GENERATOR)
@@ -28,6 +33,34 @@ def add_adapters(base: PreTrainedModel, config: LoraConfig, roles: tuple[str, ..
         model.add_adapter(role, config)
     activate(model, first)
     return model
+
+
+def load_with_adapters(
+    model: str | PreTrainedModel | PeftModel,
+    roles: tuple[str, ...],
+    config: LoraConfig | None = None,
+    init_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[PeftModel, PreTrainedTokenizerBase | None]:
+    """Returns `model` with an adapter for each of `roles`, and its tokenizer when it was loaded by name.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): a `PeftModel` brings its adapters.
+        roles (`tuple[str, ...]`): `selector`, `generator`, or both.
+        config (`LoraConfig`, *optional*): default: rank 16, alpha 32, all linear layers.
+        init_kwargs (mapping, *optional*): for loading by name.
+
+    Raises:
+        ValueError: if a `PeftModel` lacks an adapter of these names.
+    """
+    tokenizer = None
+    if isinstance(model, str):
+        model, tokenizer = load_model_and_tokenizer(model, **(init_kwargs or {}))
+    if isinstance(model, PeftModel):
+        for role in reversed(roles):
+            activate(model, role)
+        return model, tokenizer
+    default = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return add_adapters(model, config or default, roles), tokenizer
 
 
 def trainable_roles(model: PeftModel) -> tuple[str, ...]:

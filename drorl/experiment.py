@@ -18,7 +18,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from .adapters import GENERATOR
 from .answers import answer_logps, scored_answers
 from .config import DROConfig
-from .data.vitalqa import LICENCES, WARNING
 from .evaluation import Record, aggregate, evaluate_rows, per_question
 from .losses import Scores, weigh
 from .metrics import contains_answer
@@ -147,11 +146,7 @@ class Experiment:
             "command": " ".join(sys.argv),
             "commit": _commit(),
             "config": {**script, **_own_settings(self.config)},
-            "dataset": {
-                "name": facts["name"],
-                "split": "test",
-                "facts": {"warning": WARNING, "licences": LICENCES, **facts},
-            },
+            "dataset": {"name": facts["name"], "split": "test", "facts": facts},
             "num_samples_iw_elbo": self.num_samples,
             "answer_target": self.answer_target,
             "systems": systems,

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .adapters import GENERATOR, SELECTOR, activate, trainable_roles
 from .models import load_model_and_tokenizer
+from .policy import Decisions, SelectorPolicy
 from .prompts import PromptBuilder
-from .rollouts import Decisions, SelectorPolicy
 
 SETTINGS_FILE = "drorl.json"
 Passage = Mapping[str, Any]

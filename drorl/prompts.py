@@ -75,6 +75,11 @@ class PromptBuilder:
         self.num_truncated_passages = 0
         self._before, self._after = self._frame()
 
+    @property
+    def truncated_ratio(self) -> float:
+        """Share of the passages rendered so far that were cut."""
+        return self.num_truncated_passages / max(self.num_passages, 1)
+
     def _frame(self) -> tuple[list[int], list[int]]:
         """Returns the chat template's tokens before and after a user message, special tokens included."""
         if self.tokenizer.chat_template is None:

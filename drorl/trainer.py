@@ -18,33 +18,34 @@ import os
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 
-from .adapters import GENERATOR, SELECTOR, activate, adapter_parameters, add_adapters, load_adapter_weights
-from .answers import answer_logps, scored_answers
+from .adapters import (
+    GENERATOR,
+    ROLES,
+    SELECTOR,
+    activate,
+    adapter_parameters,
+    load_adapter_weights,
+    load_with_adapters,
+)
+from .answers import answer_logps
+from .checkpoints import publish_checkpoint
 from .config import DROConfig
 from .data.rows import validate_rows
 from .evaluation import Record, aggregate, evaluate_rows
-from .likelihood import sequence_logps
 from .losses import LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
-from .models import load_model_and_tokenizer
-from .permutations import Permutation, parse_permutation
-from .pipeline import PipelineSettings, RAGPipeline
-from .prompts import SelectorPrompt
-from .rollouts import Draw
+from .pipeline import Passage, PipelineSettings, RAGPipeline
+from .rollouts import Rollout, draw_rollout, read_rollout, text_logps
 
 # Every private name of TRL and transformers that is overridden or used here; tests/test_trl_contract.py checks each
 # against the installed version, so that an upgrade fails with one clear message.
@@ -60,29 +61,6 @@ OVERRIDDEN_TRL_HOOKS = {
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
 }
 USED_TRL_HOOKS = {"_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations")}
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One query's permutations, as the E-step leaves them for the M-step; nothing here has a gradient."""
-
-    prompt: SelectorPrompt
-    scores: list[float] | None
-    """N: the retriever's scores, when the policy uses them."""
-    permutations: list[Permutation | None]
-    """m: `None` for a free text in which no identifier was recognised."""
-    completion_ids: list[list[int]] | None
-    """m: the sampled tokens, in free text only."""
-    proposal_logps: torch.Tensor
-    """(m, T): log q of each decision or token, nats."""
-    old_selector_logps: torch.Tensor
-    """(m, T): log p_s when the permutations were drawn, nats."""
-    contexts: list[list[int] | None]
-    """m: the generator's prompt for each permutation."""
-    supervised_context: list[int]
-    """The generator's prompt over the retriever's first K passages."""
-    answers: list[list[int]]
-    """The tokenized gold answers that are scored."""
 
 
 def _no_reward(*_: Any, **__: Any) -> list[float]:
@@ -141,16 +119,18 @@ class DROTrainer(GRPOTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         generator_model: str | PreTrainedModel | PeftModel | None = None,
         generator_processing_class: PreTrainedTokenizerBase | None = None,
-        peft_config: PeftConfig | None = None,
+        peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ):
         torch.manual_seed(args.seed)  # adapters are initialised at random
-        shared = generator_model is None
-        model, tokenizer = _prepare(model, peft_config, (SELECTOR, GENERATOR) if shared else (SELECTOR,), args)
+        roles = ROLES if generator_model is None else (SELECTOR,)
+        model, tokenizer = load_with_adapters(model, roles, peft_config, args.model_init_kwargs)
         generator_tokenizer = None
         if generator_model is not None:
-            generator_model, generator_tokenizer = _prepare(generator_model, peft_config, (GENERATOR,), args)
+            generator_model, generator_tokenizer = load_with_adapters(
+                generator_model, (GENERATOR,), peft_config, args.model_init_kwargs
+            )
         super().__init__(
             model=model,
             reward_funcs=_no_reward,
@@ -182,12 +162,13 @@ class DROTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """The E-step: draws permutations of each query. `inputs` repeats each row m times, as TRL samples them."""
         rows = inputs[:: self.num_generations]
-        shown = [self.pipeline.present(row["query"], row["candidates"], seed=self._shuffle_seed()) for row in rows]
+        seed = f"{self.args.seed}/{self.state.global_step}"
+        shown = [self.pipeline.present(row["query"], row["candidates"], seed) for row in rows]
         if self.args.constrained:
-            drawn = [self._draw(row, passages) for row, passages in zip(rows, shown, strict=True)]
+            rollouts = [draw_rollout(self.pipeline, self.args, *pair) for pair in zip(rows, shown, strict=True)]
         else:
-            drawn = self._draw_free_text(rows, shown)
-        rollouts = [self._rollout(*parts) for parts in zip(rows, shown, drawn, strict=True)]
+            texts = self._generate_texts(rows, shown)
+            rollouts = [read_rollout(self.pipeline, self.args, *t) for t in zip(rows, shown, texts, strict=True)]
         self._log_rollouts(rollouts)
         num_items = torch.stack([r.old_selector_logps.isfinite().sum() for r in rollouts]).sum().float()
         return {
@@ -196,82 +177,25 @@ class DROTrainer(GRPOTrainer):
             "num_items_in_batch": self.accelerator.gather(num_items.to(self.accelerator.device)).sum(),
         }
 
-    def _shuffle_seed(self) -> str:
-        return f"{self.args.seed}/{self.state.global_step}"
-
-    def _draw(self, row: Mapping[str, Any], shown: list[Mapping[str, Any]]) -> dict[str, Any]:
-        """Draws permutations of one query from the constrained policy."""
-        args = self.args
-        decisions = self.pipeline.decisions(row["query"], shown)
-        if args.proposal == "retriever":
-            order = tuple(shown.index(candidate) for candidate in row["candidates"][: args.num_selected])
-            draw = Draw([order], torch.zeros(1, args.num_selected))  # q is one point, log q = 0
-        else:
-            every_first_choice = args.proposal == "first_choices"
-            draw = decisions.sample(self.num_generations, args.proposal_temperature, every_first_choice)
-        return {
-            "prompt": decisions.prompt,
-            "scores": decisions.scores,
-            "permutations": draw.permutations,
-            "completion_ids": None,
-            "proposal_logps": draw.proposal_logps,
-            "old_selector_logps": decisions.permutation_logps(draw.permutations)[0],
-        }
-
-    def _draw_free_text(self, rows: list[dict], shown: list[list[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        """Samples m texts of each query with TRL's own generation, and reads permutations from them."""
-        model = self.pipeline.role(SELECTOR)
-        prompts = [self.pipeline.prompts.selector(row["query"], s) for row, s in zip(rows, shown, strict=True)]
-        repeated = [prompt.ids for prompt in prompts for _ in range(self.num_generations)]
-        completions, _ = self._generate_single_turn(repeated, None, {}, self.num_generations)
-        drawn = []
-        for i, prompt in enumerate(prompts):
-            ids = completions[i * self.num_generations : (i + 1) * self.num_generations]
-            texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-            parsed = [parse_permutation(t, prompt.identifiers, self.args.num_selected) for t in texts]
-            self._log_metric("permutations/valid_rate", sum(p.valid for p in parsed) / len(parsed))
-            logps = self._free_text_logps(model, prompt, ids)
-            drawn.append(
-                {
-                    "prompt": prompt,
-                    "scores": None,
-                    "permutations": [p.permutation for p in parsed],
-                    "completion_ids": ids,
-                    "proposal_logps": logps,
-                    "old_selector_logps": logps,
-                }
-            )
-        return drawn
-
-    def _free_text_logps(self, model: nn.Module, prompt: SelectorPrompt, ids: list[list[int]]) -> torch.Tensor:
-        """Returns token log-probabilities `(m, T)`, `-inf` where a text has ended."""
-        logps = sequence_logps(model, [(prompt.ids, tokens) for tokens in ids], self.args.selector_temperature)
-        return pad_sequence(logps, batch_first=True, padding_value=-torch.inf)
-
-    def _rollout(self, row: Mapping[str, Any], shown: list[Mapping[str, Any]], drawn: dict[str, Any]) -> Rollout:
-        """Adds what the generator will read and what it is to answer."""
-        prompts = self.pipeline.generator_prompts
-        query, candidates = row["query"], row["candidates"]
-        contexts = [
-            None if z is None else prompts.generator(query, [shown[i] for i in z]) for z in drawn["permutations"]
-        ]
-        answers = [prompts.answer(a) for a in scored_answers(row, self.args.answer_target, self.args.num_candidates)]
-        return Rollout(
-            **drawn,
-            contexts=contexts,
-            supervised_context=prompts.generator(query, candidates[: self.args.num_selected]),
-            answers=answers,
-        )
+    def _generate_texts(self, rows: list[dict[str, Any]], shown: list[list[Passage]]) -> list[list[list[int]]]:
+        """Samples m texts of each query with TRL's own generation, as tokens."""
+        self.pipeline.role(SELECTOR)
+        m, prompts = self.num_generations, self.pipeline.prompts
+        repeated = [prompts.selector(r["query"], s).ids for r, s in zip(rows, shown, strict=True) for _ in range(m)]
+        texts, _ = self._generate_single_turn(repeated, None, {}, m)
+        return [texts[i : i + m] for i in range(0, len(texts), m)]
 
     def _log_rollouts(self, rollouts: list[Rollout]) -> None:
-        mode = "train" if self.model.training else "eval"
-        unique = [len(set(r.permutations)) / len(r.permutations) for r in rollouts]
-        self._metrics[mode]["permutations/unique_ratio"].append(sum(unique) / len(unique))
-        for name, values in self._pending_metrics.items():
-            self._metrics[mode][name].append(sum(values) / len(values))
-        self._pending_metrics.clear()
-        truncated = self.pipeline.prompts.num_truncated_passages / max(self.pipeline.prompts.num_passages, 1)
-        self._metrics[mode]["passages/truncated_ratio"].append(truncated)
+        prompts = self.pipeline.prompts
+        self._log_means(
+            {
+                "permutations/unique_ratio": torch.tensor([r.unique_ratio for r in rollouts]).mean(),
+                "permutations/valid_rate": torch.tensor([r.valid_rate for r in rollouts]).mean(),
+                "passages/truncated_ratio": torch.tensor(
+                    prompts.num_truncated_passages / max(prompts.num_passages, 1)
+                ),
+            }
+        )
 
     # --------------------------------------------------------------------------------------------------------- M-step
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -340,7 +264,7 @@ class DROTrainer(GRPOTrainer):
         """Returns log p_s of each decision or token, `(B, m, T)`, `-inf` in the padding, and metrics."""
         activate(self.accelerator.unwrap_model(model), SELECTOR)
         if not self.args.constrained:
-            logps = [self._free_text_logps(model, r.prompt, r.completion_ids or []) for r in rollouts]
+            logps = [text_logps(model, r.prompt, r.completion_ids or [], self.temperature) for r in rollouts]
             return self._stack(logps, -torch.inf), {}
         policy = self.pipeline.policy
         scored = [policy.permutation_logps(model, r.prompt, r.permutations, r.scores) for r in rollouts]
@@ -490,7 +414,6 @@ class DROTrainer(GRPOTrainer):
         """Writes the checkpoint aside and renames it, so that a full disk or a kill leaves the previous one whole."""
         run_dir = Path(self.args.output_dir)
         staging = run_dir / ".incomplete"
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         shutil.rmtree(staging, ignore_errors=True)
         self.args.output_dir = str(staging)
         try:
@@ -498,20 +421,7 @@ class DROTrainer(GRPOTrainer):
         finally:
             self.args.output_dir = str(run_dir)
         if self.args.should_save:
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(
-                    run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                )
-            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-            os.replace(staging / name, run_dir / name)
-            shutil.rmtree(staging)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            publish_checkpoint(staging, run_dir, self.state, self.args.save_total_limit)
 
 
 def _sum(token_logps: torch.Tensor) -> torch.Tensor:
@@ -519,20 +429,3 @@ def _sum(token_logps: torch.Tensor) -> torch.Tensor:
     mask = token_logps.isfinite()
     total = token_logps.masked_fill(~mask, 0.0).sum(dim=-1)
     return total.masked_fill(~mask.any(dim=-1), -torch.inf)
-
-
-def _prepare(
-    model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, roles: tuple[str, ...], args: DROConfig
-) -> tuple[PeftModel, PreTrainedTokenizerBase | None]:
-    """Returns the model with an adapter for each of `roles`, and its tokenizer when it was loaded by name."""
-    tokenizer = None
-    if isinstance(model, str):
-        kwargs = dict(args.model_init_kwargs or {})
-        model, tokenizer = load_model_and_tokenizer(model, kwargs.pop("dtype", "auto"), **kwargs)
-    if isinstance(model, PeftModel):
-        for role in reversed(roles):
-            activate(model, role)
-    else:
-        default = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = add_adapters(model, peft_config or default, roles)
-    return model, tokenizer

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise_adapters
+from helpers import randomise_adapters, widen_norms
 from hypothesis import settings
 from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -109,7 +109,8 @@ def tiny_model(tiny_config: Callable[..., LlamaConfig]) -> Callable[..., LlamaFo
     def make(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return LlamaForCausalLM(tiny_config(**overrides)).to(dtype).eval()
+            model = LlamaForCausalLM(tiny_config(**overrides)).to(dtype).eval()
+        return widen_norms(model) if dtype == torch.float64 else model
 
     return make
 

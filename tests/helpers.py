@@ -17,6 +17,20 @@ def randomise_adapters(model: nn.Module, seed: int = 0, scale: float = 0.3) -> N
             parameter.data.copy_(scale * values)
 
 
+def widen_norms(model: nn.Module) -> nn.Module:
+    """Makes a float64 model one throughout, in place: the RMS norms of transformers always compute in float32.
+
+    Left as they are, they round the backward pass to 1e-7, and no gradient could be compared more closely than that.
+    """
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm"):
+                wide = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=torch.float64)
+                wide.load_state_dict(norm.state_dict())
+                setattr(parent, name, wide)
+    return model
+
+
 def gradients(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter], retain_graph: bool = False) -> Gradients:
     """The gradient of a loss with respect to each of the named parameters; one that has no part in it fails."""
     values = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain_graph)

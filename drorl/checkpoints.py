@@ -1,0 +1,30 @@
+"""Checkpoints that are whole or not there."""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+
+def publish_checkpoint(staging: Path, run_dir: Path, state: TrainerState, save_total_limit: int | None) -> None:
+    """Moves the checkpoint of this step, written completely in `staging`, to its place in `run_dir` by a rename.
+
+    Until then the previous checkpoints are untouched, so a full disk or a kill while writing costs nothing but the new
+    one. Older checkpoints are removed afterwards, as `save_total_limit` says; the best one stays.
+    """
+    name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    if state.best_global_step:
+        state.best_model_checkpoint = str(run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+    state.save_to_json(str(staging / name / TRAINER_STATE_NAME))  # it named the best checkpoint's place in `staging`
+    shutil.rmtree(run_dir / name, ignore_errors=True)
+    os.replace(staging / name, run_dir / name)
+    shutil.rmtree(staging)
+    rotate_checkpoints(
+        output_dir=str(run_dir),
+        save_total_limit=save_total_limit,
+        best_model_checkpoint=state.best_model_checkpoint,
+        use_mtime=True,
+    )
