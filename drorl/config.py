@@ -107,6 +107,8 @@ class DROConfig(GRPOConfig):
         self.temperature = self.selector_temperature
         if self.bf16 is None and not torch.cuda.is_available():
             self.bf16 = False  # TRL would turn it on; without matrix units for it bf16 is up to 120 times slower
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin for
         try:
             super().__post_init__()
         except ValueError as error:

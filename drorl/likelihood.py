@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 class TokenTree:
@@ -64,7 +65,11 @@ def tree_logits(model: nn.Module, tree: TokenTree, nodes: Sequence[int]) -> torc
 
     `model` is any causal language model of transformers whose attention takes a 4-D mask (`sdpa` or `eager`), wrapped
     or not by PEFT or DDP; the active adapter is used.
+
+    Raises:
+        ValueError: if a sequence exceeds the model's sliding attention window, which a 4-D mask would switch off.
     """
+    _check_window(model, max(tree.positions) + 1)
     device = next(model.parameters()).device
     visible = tree.visibility().to(device)
     # Additive, because every attention implementation reads that; the minimum instead of -inf, because a softmax over
@@ -80,6 +85,16 @@ def tree_logits(model: nn.Module, tree: TokenTree, nodes: Sequence[int]) -> torc
         logits_to_keep=rows,
     )
     return output.logits[0][inverse]
+
+
+def _check_window(model: nn.Module, length: int) -> None:
+    config = next(m for m in model.modules() if isinstance(m, PreTrainedModel)).config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if window is not None and length > window:
+        raise ValueError(
+            f"a sequence of {length} tokens exceeds the model's sliding attention window of {window}: its likelihood "
+            f"would be wrong; set max_prompt_length so that prompt and completion fit into {window} tokens"
+        )
 
 
 def branch_logits(model: nn.Module, prompt: Sequence[int], branches: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -110,12 +110,8 @@ class PromptBuilder:
             identifier if self.identifiers == "title" else f"{identifier} {candidate['title']}"
             for identifier, candidate in zip(identifiers, candidates, strict=True)
         ]
-        ids = self._prompt(
-            SELECTOR_HEAD.format(query=query),
-            headers,
-            [c["text"] for c in candidates],
-            SELECTOR_TAIL[self.identifiers].format(query=query, k=self.num_selected),
-        )
+        texts = [c["text"] for c in candidates]
+        ids = self._prompt(query, SELECTOR_HEAD, headers, texts, SELECTOR_TAIL[self.identifiers])
         slate = Slate(
             first_ids=[self._encode(i) for i in identifiers],
             later_ids=[self._encode(f" {i}") for i in identifiers],
@@ -127,19 +123,16 @@ class PromptBuilder:
 
     def generator(self, query: str, passages: Sequence[Passage]) -> list[int]:
         """Returns the generator's prompt: the query, then the chosen passages in the order of the permutation."""
-        return self._prompt(
-            GENERATOR_HEAD.format(query=query),
-            [p["title"] for p in passages],
-            [p["text"] for p in passages],
-            GENERATOR_TAIL,
-        )
+        titles, texts = [p["title"] for p in passages], [p["text"] for p in passages]
+        return self._prompt(query, GENERATOR_HEAD, titles, texts, GENERATOR_TAIL)
 
     def answer(self, answer: str) -> list[int]:
         """Returns the tokens whose likelihood is the answer's: its own and the one that ends the turn, no others."""
         return [*self._encode(answer), self.tokenizer.eos_token_id]
 
-    def _prompt(self, head: str, headers: Sequence[str], texts: Sequence[str], tail: str) -> list[int]:
-        fixed = [self._before, self._encode(head), self._encode(tail), self._after]
+    def _prompt(self, query: str, head: str, headers: Sequence[str], texts: Sequence[str], tail: str) -> list[int]:
+        first, last = (self._encode(part.format(query=query, k=self.num_selected)) for part in (head, tail))
+        fixed = [self._before, first, last, self._after]
         head_ids = [self._encode(f"{header}:") for header in headers]
         newline = self._encode("\n")
         room = None
@@ -148,8 +141,8 @@ class PromptBuilder:
             if room < len(texts):
                 raise PromptTooLongError(
                     f"the prompt without any passage text leaves {room} of {self.max_prompt_tokens} tokens for "
-                    f"{len(texts)} passages (query: {head[:80]!r}); shorten the query, lower num_candidates, or use a "
-                    "model with a longer window"
+                    f"{len(texts)} passages (query: {query[:80]!r}); shorten the query, lower num_candidates, or use "
+                    "a model with a longer window"
                 )
         bodies = self._fit([self._encode(f" {text}") for text in texts], room)
         passages = [token for h, body in zip(head_ids, bodies, strict=True) for token in (*h, *body, *newline)]

@@ -102,6 +102,7 @@ def main(script: ScriptArguments, config: DROConfig) -> int:
     start = time.monotonic()
     import torch
     from rich.console import Console
+    from transformers import PrinterCallback
 
     from drorl import DROTrainer
     from drorl.callbacks import EMIterationCallback, InterruptCallback, RichProgressCallback, TimeBudgetCallback
@@ -129,6 +130,7 @@ def main(script: ScriptArguments, config: DROConfig) -> int:
             generator_tokenizer,
             callbacks=[interrupt, RichProgressCallback(title), *callbacks],
         )
+        trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
         if seconds is not None:
             trainer.add_callback(TimeBudgetCallback(seconds))
         return trainer

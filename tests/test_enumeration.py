@@ -446,13 +446,13 @@ def test_the_mean_baseline_leaves_the_expectation_and_lowers_the_variance(
 
 
 def test_the_mean_baseline_lowers_the_variance_at_the_papers_m(exact: Enumeration) -> None:
-    """m = 8, 20,000 draws: 65 % of the variance remains (21.7 and 14.2); the figure's standard error is below 0.01."""
+    """m = 8, 20,000 draws: 66 % of the variance remains (21.7, 14.2). Two runs of twice the size differed by 0.002."""
     generator = torch.Generator().manual_seed(0)
     samples = torch.multinomial(exact.prior, 20_000 * 8, True, generator=generator).view(-1, 8)
     probabilities = torch.full((len(samples),), 1 / len(samples), dtype=torch.float64)
     _, variance = mean_and_variance(exact, samples, probabilities, "none")
     _, lower = mean_and_variance(exact, samples, probabilities, "mean")
-    assert lower / variance == pytest.approx(0.65, abs=0.03)
+    assert lower / variance == pytest.approx(0.656, abs=0.02)
 
 
 @pytest.mark.parametrize("m", [2, 3])

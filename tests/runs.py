@@ -1,0 +1,109 @@
+"""Short training runs on tiny models, and what is read from them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import Gradients, accumulated
+from torch import nn
+from transformers import TrainerCallback
+
+from drorl.adapters import adapter_parameters
+from drorl.config import DROConfig
+
+State = dict[str, torch.Tensor]
+
+# N = 6, K = 2, m = 4 and two queries per step; quiet, on the CPU, in float32.
+DEFAULTS: dict[str, Any] = {
+    "num_candidates": 6,
+    "num_selected": 2,
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def config(output_dir: Path, **overrides: Any) -> DROConfig:
+    """The settings of a short run."""
+    return DROConfig(str(output_dir), **(DEFAULTS | overrides))
+
+
+def adapter_state(model: nn.Module, role: str) -> State:
+    """A copy of one adapter's weights, by name."""
+    return {name: p.detach().clone() for name, p in adapter_parameters(model, role).items()}
+
+
+def base_state(model: nn.Module) -> State:
+    """A copy of everything in a model that is no adapter, by name."""
+    return {name: value.clone() for name, value in model.state_dict().items() if "lora_" not in name}
+
+
+def assert_identical(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Checks that two sets of tensors agree bit for bit."""
+    assert actual.keys() == expected.keys()
+    assert expected
+    changed = [name for name, value in expected.items() if not torch.equal(actual[name], value)]
+    assert not changed, f"differ: {', '.join(changed)}"
+
+
+def smallest_move(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    """By how much the entry of each tensor that differs most does, in the tensor where that is least."""
+    assert actual.keys() == expected.keys()
+    return min((actual[name] - value).abs().max().item() for name, value in expected.items())
+
+
+def largest_difference(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    """By how much the entry that differs most does."""
+    assert actual.keys() == expected.keys()
+    return max((actual[name] - value).abs().max().item() for name, value in expected.items())
+
+
+class GradientRecorder(TrainerCallback):
+    """Keeps the gradients that each step's optimizer is given, clipped where the trainer clips.
+
+    Args:
+        **parameters (`Mapping[str, nn.Parameter]`): name of the group -> parameters.
+    """
+
+    def __init__(self, **parameters: Mapping[str, nn.Parameter]):
+        self.parameters = parameters
+        self.steps: list[dict[str, Gradients]] = []
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.steps.append({name: accumulated(group) for name, group in self.parameters.items()})
+
+
+class WeightRecorder(TrainerCallback):
+    """Keeps the weights of one adapter after each step.
+
+    Args:
+        model (`nn.Module`): carries the adapter.
+        role (`str`): its name.
+    """
+
+    def __init__(self, model: nn.Module, role: str):
+        self.model, self.role = model, role
+        self.steps: list[State] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.steps.append(adapter_state(self.model, self.role))
+
+
+class Reseed(TrainerCallback):
+    """Seeds torch at the start of every step, so that what a step draws depends on nothing that came before it."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        torch.manual_seed(1000 + state.global_step)
+
+
+def norm(gradients: Gradients) -> float:
+    """The norm of all gradients together."""
+    return torch.cat([g.flatten() for g in gradients.values()]).norm().item()
