@@ -5,11 +5,13 @@ One frozen base carries two LoRA adapters, `selector` and `generator`: half the 
 `requires_grad` would lose the other. [`activate`] switches without freezing.
 """
 
+import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,9 +30,9 @@ def add_adapters(base: PreTrainedModel, config: LoraConfig, roles: tuple[str, ..
     if config.bias != "none":
         raise ValueError(f"LoraConfig(bias={config.bias!r}) would train one bias for both roles; use bias='none'")
     first, *others = roles
-    model = get_peft_model(base, config, adapter_name=first)
+    model = get_peft_model(base, copy.deepcopy(config), adapter_name=first)  # PEFT writes the base's name into it
     for role in others:
-        model.add_adapter(role, config)
+        model.add_adapter(role, copy.deepcopy(config))
     activate(model, first)
     return model
 
@@ -93,8 +95,10 @@ def load_adapter_weights(model: PeftModel, directory: str, role: str) -> None:
     """Copies saved weights into the existing adapter of `role`, which keeps its place in the optimizer.
 
     Raises:
-        ValueError: if the file lacks weights that the adapter has.
+        ValueError: if there is no adapter in `directory`, or if it lacks weights that the adapter of `role` has.
     """
+    if not (Path(directory) / SAFETENSORS_WEIGHTS_NAME).is_file():  # PEFT would take the path for a name on the hub
+        raise ValueError(f"{directory} holds no adapter: it has no {SAFETENSORS_WEIGHTS_NAME}")
     result = set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"), adapter_name=role)
     missing = [key for key in result.missing_keys if f".{role}." in key]
     if missing or result.unexpected_keys:

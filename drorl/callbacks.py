@@ -79,6 +79,12 @@ class TimeBudgetCallback(TrainerCallback):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._left(state)
 
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        if "learning_rate" in state.log_history[-1]:  # the Trainer has logged the constant schedule's
+            state.log_history[-1]["learning_rate"] = optimizer.param_groups[0]["lr"]
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._left(state) == 0.0:
             control.should_training_stop = True
@@ -95,6 +101,7 @@ class InterruptCallback(TrainerCallback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
+            signal.signal(signal.SIGINT, self._previous)  # training ends here, without `on_train_end`
             raise KeyboardInterrupt
         self.interrupted = True
         logger.warning("Interrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")

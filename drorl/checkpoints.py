@@ -1,12 +1,41 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints that are whole or not there, and runs that go on from them as if they had not been interrupted."""
 
 import os
 import shutil
 from pathlib import Path
 
+import torch
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl.trainer.utils import RepeatSampler
+
+
+class ResumableSampler(RepeatSampler):
+    """TRL's sampler of training rows, with the same orders, of which a resumed run gets the one of its epoch.
+
+    TRL's own starts again with the order of the first epoch.
+
+    Args:
+        sampler (`RepeatSampler`): as TRL makes it.
+    """
+
+    def __init__(self, sampler: RepeatSampler):
+        super().__init__(
+            sampler.data_source,
+            sampler.mini_repeat_count,
+            sampler.batch_size,
+            sampler.repeat_count,
+            sampler.shuffle,
+            sampler.seed,
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the order of an epoch; the data loader calls this at the beginning of each."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
 
 
 def publish_checkpoint(staging: Path, run_dir: Path, state: TrainerState, save_total_limit: int | None) -> None:

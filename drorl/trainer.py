@@ -39,7 +39,7 @@ from .adapters import (
     load_with_adapters,
 )
 from .answers import answer_logps
-from .checkpoints import publish_checkpoint
+from .checkpoints import ResumableSampler, publish_checkpoint
 from .config import DROConfig
 from .data.rows import validate_rows
 from .evaluation import Record, aggregate, evaluate_rows
@@ -52,6 +52,7 @@ from .rollouts import Rollout, draw_rollout, read_rollout, text_logps
 OVERRIDDEN_TRL_HOOKS = {
     "_generate_and_score_completions": ("inputs",),
     "_compute_loss": ("model", "inputs"),
+    "_get_train_sampler": ("dataset",),
     "_save_checkpoint": ("model", "trial"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
@@ -157,6 +158,9 @@ class DROTrainer(GRPOTrainer):
         rows, _ = validate_rows(rows, args.num_selected, require_scores=args.retrieval_prior_weight != 0)
         return rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableSampler:
+        return ResumableSampler(super()._get_train_sampler(dataset))
+
     # --------------------------------------------------------------------------------------------------------- E-step
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -216,7 +220,7 @@ class DROTrainer(GRPOTrainer):
         if train_generator:
             output = self._generator_loss(model, rollouts, generator_logps, weighting)
             metrics |= {"generator/loss": output.loss, **output.metrics}
-            loss = output.loss / self.current_gradient_accumulation_steps
+            loss = output.loss / self.current_gradient_accumulation_steps + self._touch(GENERATOR)
             if train_selector and torch.is_grad_enabled():
                 with self.accelerator.no_sync(model):  # DDP averages once, in the step's last backward pass
                     self.accelerator.backward(loss)
@@ -231,7 +235,7 @@ class DROTrainer(GRPOTrainer):
     def _generator_logps(self, model: nn.Module, rollouts: list[Rollout]) -> torch.Tensor:
         """Returns log p_g(y|x,d_z), `(B, m)`; `-inf` where there is no permutation."""
         generator = self._generator(model)
-        return self._stack([answer_logps(generator, r.contexts, r.answers) for r in rollouts], -torch.inf)
+        return self._stack([_sound(answer_logps(generator, r.contexts, r.answers)) for r in rollouts], -torch.inf)
 
     def _generator(self, model: nn.Module) -> nn.Module:
         generator = model if self.pipeline.generator_model is None else self.pipeline.generator_model
@@ -244,8 +248,8 @@ class DROTrainer(GRPOTrainer):
         if self.args.generator_objective == "dro":
             return weighted_mle_loss(generator_logps, weighting.importance_weights)
         generator = self._generator(model)
-        logps = torch.stack([answer_logps(generator, [r.supervised_context], r.answers) for r in rollouts])
-        return weighted_mle_loss(logps, torch.ones_like(logps))
+        logps = torch.stack([_sound(answer_logps(generator, [r.supervised_context], r.answers)) for r in rollouts])
+        return weighted_mle_loss(logps, logps.isfinite().to(logps.dtype))
 
     def _selector_logps_now(self, model: nn.Module, rollouts: list[Rollout]) -> torch.Tensor:
         """Returns log p_s(z|x,d) under the current selector without gradient, `(B, m)`.
@@ -316,11 +320,10 @@ class DROTrainer(GRPOTrainer):
         objective = "dro" if args.selector_objective == "none" else args.selector_objective
         return weigh(scores, objective, args.weight_temperature, args.baseline, args.scale_rewards)
 
-    def _touch(self, role: str) -> torch.Tensor | float:
-        """A zero through which the last backward pass reaches the other role: DDP averages what it sees."""
-        if self.accelerator.num_processes == 1:
-            return 0.0
-        return sum(0.0 * p.sum() for p in adapter_parameters(self.model, role).values())
+    def _touch(self, role: str) -> torch.Tensor:
+        """A zero that depends on the role's adapter: a loss keeps its graph though no sample is valid, and the last
+        backward pass reaches the gradients of the pass before it, since DDP averages what it sees."""
+        return torch.stack([0.0 * p.sum() for p in self._trained_parameters()[role]]).sum()
 
     def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
         """Logs each scalar's mean over processes."""
@@ -422,6 +425,11 @@ class DROTrainer(GRPOTrainer):
             self.args.output_dir = str(run_dir)
         if self.args.should_save:
             publish_checkpoint(staging, run_dir, self.state, self.args.save_total_limit)
+
+
+def _sound(logps: torch.Tensor) -> torch.Tensor:
+    """Takes a query with a NaN out of the graph: a weight of 0 would not stop it, since 0 * NaN is NaN."""
+    return logps.detach() if logps.isnan().any() else logps
 
 
 def _sum(token_logps: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A tokenizer, tiny random models and made-up rows, built in memory: nothing here reaches for the hub."""
 
+import gc
 import os
 
 # Before any import of these libraries, which read them once.
@@ -11,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,14 +20,18 @@ import torch
 from helpers import randomise_adapters, widen_norms
 from hypothesis import settings
 from peft import LoraConfig, PeftModel
+from runs import config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from drorl.adapters import add_adapters
 from drorl.prompts import GENERATOR_HEAD, GENERATOR_TAIL, SELECTOR_HEAD, SELECTOR_TAIL
+from drorl.trainer import DROTrainer
 
 # Two threads gain nothing on models of this size, and on a busy machine their barriers cost fifty times the work.
 torch.set_num_threads(1)
+# Every training run ends with a full garbage collection; without this it would go through all that imports have made.
+gc.freeze()
 # The same examples on every run and no database on disk: a failure on one machine is a failure on all.
 settings.register_profile("drorl", derandomize=True, database=None, deadline=None)
 settings.load_profile("drorl")
@@ -159,5 +165,37 @@ def rows() -> Callable[..., list[Row]]:
             query = f"Which river flows through {CITIES[gold]}?"
             made.append({"query": query, "answers": [RIVERS[gold]], "candidates": candidates})
         return made
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(
+    tmp_path: Path,
+    adapted_model: Callable[..., PeftModel],
+    rows: Callable[..., list[Row]],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Callable[..., DROTrainer]:
+    """Makes a trainer of a tiny model with adapters that are not zero; other keywords are settings, see `runs`."""
+
+    def make(
+        model: PeftModel | None = None,
+        train_rows: list[Row] | None = None,
+        eval_rows: list[Row] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        generator_model: PeftModel | None = None,
+        output_dir: str = "run",
+        **settings: Any,
+    ) -> DROTrainer:
+        return DROTrainer(
+            model=model or adapted_model(randomise=True),
+            args=config(tmp_path / output_dir, **settings),
+            train_dataset=train_rows or rows(8, 6),
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            generator_model=generator_model,
+            generator_processing_class=tokenizer,
+            callbacks=callbacks,
+        )
 
     return make

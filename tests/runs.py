@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from helpers import Gradients, accumulated
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from drorl.adapters import adapter_parameters
 from drorl.config import DROConfig
@@ -23,6 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": 2,
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
+    "gradient_checkpointing": False,  # TRL's default is True
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
@@ -34,6 +35,20 @@ DEFAULTS: dict[str, Any] = {
 def config(output_dir: Path, **overrides: Any) -> DROConfig:
     """The settings of a short run."""
     return DROConfig(str(output_dir), **(DEFAULTS | overrides))
+
+
+def near_permutations(tokenizer: PreTrainedTokenizerBase, names: str = "123456") -> dict[str, Any]:
+    """Generation settings with which a random model writes `[3]`, `[33]]` or `3[2`: some texts hold a permutation.
+
+    Only the tokens of which identifiers are made may be drawn, and each is made likelier where it belongs.
+    """
+    left, right, *between = tokenizer.convert_tokens_to_ids(["[", "]", *names])
+    end = tokenizer.eos_token_id
+    pairs = [pair for name in between for pair in ([left, name], [name, right])]
+    return {
+        "suppress_tokens": [i for i in range(len(tokenizer)) if i not in (left, right, end, *between)],
+        "sequence_bias": [[[left], 3.0], [[right, end], 4.0], *([pair, 5.0] for pair in pairs)],
+    }
 
 
 def adapter_state(model: nn.Module, role: str) -> State:

@@ -229,7 +229,7 @@ def test_a_directory_without_an_adapter_is_named(
     exists: bool,
     relative: bool,
 ) -> None:
-    """A path that holds no adapter is an error that says so; one that reads like a name on the hub is not looked up."""
+    """A path that holds no adapter is an error that says so; one that reads like a hub name is not looked up."""
     monkeypatch.chdir(tmp_path)
     directory = Path("run/selector") if relative else tmp_path / "run" / "selector"
     if exists:

@@ -92,7 +92,7 @@ def test_what_borders_on_a_contradiction_is_accepted(settings: dict[str, Any]) -
 
 
 def test_one_sample_per_query_is_allowed() -> None:
-    """`num_generations=1`, which TRL refuses, passes, and the numbers that TRL derives from it are there all the same."""
+    """`num_generations=1`, which TRL refuses, passes, and what TRL derives from it is there all the same."""
     config = make(num_generations=1, per_device_train_batch_size=3, gradient_accumulation_steps=2)
     assert (config.num_generations, config.generation_batch_size, config.steps_per_generation) == (1, 6, 2)
 
@@ -146,7 +146,7 @@ def test_defaults_are_the_papers() -> None:
 
 
 def test_bf16_is_off_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL turns bf16 on wherever it is not told; on a CPU that may be a hundred times slower, so there it stays off."""
+    """TRL turns bf16 on where nothing is said; on a CPU that may be a hundred times slower, so it stays off."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert GRPOConfig("unused", report_to="none", use_cpu=True).bf16 is True
     assert make().bf16 is False

@@ -56,7 +56,7 @@ def own_names() -> set[str]:
 
 
 def test_the_list_of_overrides_is_complete() -> None:
-    """What `DROTrainer` redefines of its parents is in the list, so that nothing is overridden unchecked or by accident."""
+    """What `DROTrainer` redefines of its parents is in the list: nothing is overridden unchecked or by accident."""
     assert {name for name in own_names() if hasattr(GRPOTrainer, name)} == set(OVERRIDDEN_TRL_HOOKS)
 
 
@@ -110,7 +110,7 @@ def test_metrics_are_lists_by_mode_and_name(stock_trainer: GRPOTrainer) -> None:
 
 
 def test_trl_refuses_a_group_of_one_in_the_words_that_are_looked_for() -> None:
-    """`DROConfig` tells this complaint of TRL's from all others by its words, and TRL raises it after all else is set."""
+    """`DROConfig` tells this complaint of TRL's from all others by its words."""
     with pytest.raises(ValueError) as caught:
         GRPOConfig("unused", num_generations=1, per_device_train_batch_size=1, report_to="none", use_cpu=True)
     assert "at least 2 generations" in str(caught.value), (
@@ -119,7 +119,7 @@ def test_trl_refuses_a_group_of_one_in_the_words_that_are_looked_for() -> None:
 
 
 def test_trl_splits_the_e_step_by_its_first_tensor(stock_trainer: GRPOTrainer) -> None:
-    """TRL shuffles what the E-step returns and deals it out to the steps: lists go with the tensor, scalars stay whole."""
+    """TRL shuffles what the E-step returns and deals it out: lists go with the first tensor, scalars stay whole."""
     batch = {"row": torch.arange(4), "rollouts": ["a", "b", "c", "d"], "num_items_in_batch": torch.tensor(7.0)}
     stock_trainer.args.steps_per_generation = 2
     stock_trainer._step = 0

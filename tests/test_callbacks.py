@@ -1,0 +1,204 @@
+"""When training stops, and that it stops in order."""
+
+import io
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+
+import drorl.callbacks
+from drorl.callbacks import EMIterationCallback, InterruptCallback, RichProgressCallback, TimeBudgetCallback
+from drorl.trainer import DROTrainer
+
+Rows = list[dict[str, Any]]
+Make = Callable[..., DROTrainer]
+
+
+# ------------------------------------------------------------------------------------------------------- EM iterations
+@pytest.mark.parametrize(
+    ("patience", "values", "stops_at"),
+    [
+        (1, [0.1, 0.3, 0.2], 3),
+        (1, [0.1, 0.2, 0.3], None),
+        (2, [0.3, 0.2, 0.25, 0.4], 3),
+        (2, [0.3, 0.2, 0.4, 0.3], None),
+        (1, [0.3, 0.3], 2),  # as good as the best is no improvement
+    ],
+)
+def test_training_stops_when_validation_no_longer_improves(
+    patience: int, values: list[float], stops_at: int | None
+) -> None:
+    """It stops at the first evaluation that is the `patience`-th in a row without a new best, and not before."""
+    callback, control = EMIterationCallback("eval_f1", patience), TrainerControl()
+    stopped = []
+    for step, value in enumerate(values, start=1):
+        callback.on_evaluate(None, TrainerState(global_step=10 * step), control, {"eval_f1": value})
+        stopped.append(control.should_training_stop)
+    assert (stopped.index(True) + 1 if True in stopped else None) == stops_at
+    assert [i["eval_f1"] for i in callback.iterations] == values
+    assert [(i["iteration"], i["step"]) for i in callback.iterations] == [
+        (i, 10 * i) for i in range(1, len(values) + 1)
+    ]
+
+
+def test_a_metric_that_is_not_evaluated_is_an_error() -> None:
+    """A misspelt metric fails at the first evaluation, with the names that exist."""
+    callback = EMIterationCallback("eval_accuracy")
+    with pytest.raises(KeyError, match="eval_accuracy is not among .*eval_f1"):
+        callback.on_evaluate(None, TrainerState(), TrainerControl(), {"eval_f1": 0.1})
+
+
+def test_em_iterations_stop_a_real_run_and_survive_a_checkpoint(
+    make_trainer: Make, rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of four epochs a run does two when validation falls; resumed, it still knows what it had reached before."""
+    scores = iter([0.5, 0.4])
+    monkeypatch.setattr(drorl.trainer, "aggregate", lambda records: {"f1": next(scores)})
+    settings: dict[str, Any] = {
+        "train_rows": rows(4, 6),
+        "eval_rows": rows(2, 6),
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "max_steps": 8,
+    }
+    callback = EMIterationCallback("eval_f1")
+    trainer = make_trainer(callbacks=[callback], **settings)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert [i["eval_f1"] for i in callback.iterations] == [0.5, 0.4]
+
+    scores = iter([0.45])
+    resumed = EMIterationCallback("eval_f1", patience=2)
+    trainer = make_trainer(callbacks=[resumed], restore_callback_states_from_checkpoint=True, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    restored = next(c for c in trainer.callback_handler.callbacks if isinstance(c, EMIterationCallback))
+    assert [i["eval_f1"] for i in restored.iterations] == [0.5, 0.45]
+    assert trainer.state.global_step == 4
+
+
+# --------------------------------------------------------------------------------------------------------- time budget
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that the callbacks read."""
+    clock = Clock()
+    monkeypatch.setattr(drorl.callbacks, "time", clock)
+    return clock
+
+
+def test_a_time_budget_anneals_to_zero_and_stops(make_trainer: Make, clock: Clock) -> None:
+    """Both learning rates fall with the time that is left, and the run ends with it, long before its last step."""
+    rates: list[list[float]] = []
+
+    class Step(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            clock.seconds += 25.0
+
+    settings = {"learning_rate": 1e-2, "generator_learning_rate": 4e-2, "max_steps": 1000}
+    trainer = make_trainer(callbacks=[TimeBudgetCallback(seconds=100.0), Step()], **settings)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    shares = [1.0, 0.75, 0.5, 0.25]
+    assert rates == [[pytest.approx(1e-2 * share), pytest.approx(4e-2 * share)] for share in shares]
+
+
+def test_with_time_to_spare_the_steps_decide(make_trainer: Make, clock: Clock) -> None:
+    """A run that is faster than its budget has the linear schedule over its steps."""
+    rates: list[float] = []
+
+    class Step(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+            clock.seconds += 1.0
+
+    make_trainer(callbacks=[TimeBudgetCallback(seconds=1000.0), Step()], learning_rate=1e-2, max_steps=4).train()
+    assert rates == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
+
+
+# -------------------------------------------------------------------------------------------------------------- Ctrl-C
+@pytest.fixture(autouse=True)
+def signals_as_they_were() -> Iterator[None]:
+    """Whatever a test leaves behind, the next one finds Python's own handler of SIGINT."""
+    previous = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+class PressCtrlC(TrainerCallback):
+    """Sends SIGINT to this process at the beginning of one step, once or more often."""
+
+    def __init__(self, step: int, times: int = 1):
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_saves_and_stops(make_trainer: Make, tmp_path: Path) -> None:
+    """SIGINT finishes the step, saves a checkpoint that can be resumed, stops, and gives the signal back."""
+    before = signal.getsignal(signal.SIGINT)
+    callback = InterruptCallback()
+    trainer = make_trainer(callbacks=[callback, PressCtrlC(step=2)], max_steps=50)
+    trainer.train()
+    assert callback.interrupted
+    assert callback.EXIT_CODE == 130
+    assert trainer.state.global_step == 3
+    assert signal.getsignal(signal.SIGINT) is before
+    assert get_last_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / "checkpoint-3")
+    resumed = make_trainer(max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+def test_a_second_ctrl_c_stops_at_once(make_trainer: Make, tmp_path: Path) -> None:
+    """Two signals in one step end the run there, without a checkpoint, and give the signal back all the same."""
+    before = signal.getsignal(signal.SIGINT)
+    trainer = make_trainer(callbacks=[InterruptCallback(), PressCtrlC(step=2, times=2)], max_steps=50)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert get_last_checkpoint(str(tmp_path / "run")) is None
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_uninterrupted_run_gives_the_signal_back(make_trainer: Make, tmp_path: Path) -> None:
+    """Without a signal the callback changes nothing: all steps, no checkpoint, the handler of before."""
+    before = signal.getsignal(signal.SIGINT)
+    callback = InterruptCallback()
+    trainer = make_trainer(callbacks=[callback], max_steps=2)
+    trainer.train()
+    assert not callback.interrupted
+    assert trainer.state.global_step == 2
+    assert signal.getsignal(signal.SIGINT) is before
+    assert get_last_checkpoint(str(tmp_path / "run")) is None
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+def test_the_progress_line_shows_steps_and_metrics(make_trainer: Make) -> None:
+    """The line ends at all steps done, with the metrics that were logged last, under their short names."""
+    output = io.StringIO()
+    console = Console(file=output, width=200, force_terminal=True)
+    trainer = make_trainer(callbacks=[RichProgressCallback("Training", console)], max_steps=2)
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert "2/2" in output.getvalue()
+    assert f"ESS {last['effective_sample_size']:.2f}" in output.getvalue()
+    assert f"iw_elbo {last['iw_elbo']:.2f}" in output.getvalue()

@@ -1,0 +1,126 @@
+"""The recipe: every shipped configuration parses, mistakes fail, and the whole of it runs on a tiny model."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import TrlParser
+
+from drorl import DROConfig, RAGPipeline
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """recipes/nq.py as a module."""
+    spec = importlib.util.spec_from_file_location("nq", RECIPES / "nq.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nq"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(recipe, *arguments):
+    """What the recipe makes of a command line."""
+    return TrlParser((recipe.ScriptArguments, DROConfig)).parse_args_and_config([str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_parses(recipe, path):
+    """Each YAML file gives valid settings in which every one of its keys has arrived."""
+    # bf16 is refused where no device has it: on a CPU the GPU configuration is parsed without it.
+    script, config = parse(recipe, "--config", path, "--bf16", "false")
+    for key, value in yaml.safe_load(path.read_text()).items():
+        if key not in ("bf16", "report_to"):  # transformers turns report_to: none into an empty list
+            holder = script if key in vars(script) else config
+            assert getattr(holder, key) == value or str(getattr(holder, key)) == str(value), key
+
+
+def test_the_command_line_beats_the_file(recipe):
+    """A flag overrides the YAML file, which overrides the default."""
+    script, config = parse(recipe, "--config", CONFIGS[0], "--max_steps", "3", "--max_minutes", "1.5")
+    assert (config.max_steps, script.max_minutes) == (3, 1.5)
+    assert config.identifiers == "title" != DROConfig.identifiers
+
+
+def test_an_unknown_key_fails(recipe, tmp_path, capsys):
+    """A misspelt setting stops the run instead of being ignored, in the file as on the command line."""
+    path = tmp_path / "typo.yaml"
+    path.write_text("model_name_or_path: x\nnum_candidate: 3\n")
+    with pytest.raises((ValueError, SystemExit)):
+        parse(recipe, "--config", path)
+    with pytest.raises((ValueError, SystemExit)):
+        parse(recipe, "--model_name_or_path", "x", "--num_candidate", "3")
+
+
+def test_a_missing_model_is_named(recipe):
+    """Without a model the message says which setting is missing and what it may be."""
+    with pytest.raises(ValueError, match="model_name_or_path.*smollm2-135m"):
+        recipe.ScriptArguments()
+
+
+@pytest.mark.slow
+def test_help_is_quick():
+    """`--help` loads no model and answers in under three seconds; the best of three, since machines are shared."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, RECIPES / "nq.py", "--help"], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert "--retrieval_prior_weight" in done.stdout and "--max_minutes" in done.stdout
+    assert min(seconds) < 3
+
+
+def test_the_recipe_runs_and_resumes(recipe, tiny_model, tokenizer, rows, tmp_path, capsys):
+    """Warm-up, DRO, evaluation and report run from files on a tiny model; the run can be resumed and loaded."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for split, count in (("train", 8), ("test", 5)):
+        lines = [json.dumps(row) for row in rows(count)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    arguments = {
+        "config": RECIPES / "configs/nq_demo.yaml",
+        "model_name_or_path": tmp_path / "model",
+        "train_file": tmp_path / "train.jsonl",
+        "test_file": tmp_path / "test.jsonl",
+        "output_dir": tmp_path / "run",
+        "lora_first_layer": 1,
+        "warmup_queries": 8,
+        "max_steps": 2,
+        "save_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "dtype": "float32",
+        "max_minutes": 5,
+    }
+    flags = [part for name, value in arguments.items() for part in (f"--{name}", value)]
+    assert recipe.main(*parse(recipe, *flags)) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["n_eval"] == 5
+    assert set(summary["systems"]) == {"warmup", "retriever_sft", "retriever_zero_shot", "dro"}
+    for metric in ("exact_match", "f1", "recall@1", "iw_elbo"):
+        difference = summary["dro"][metric] - summary["warmup"][metric]
+        assert summary["delta"][metric]["mean"] == pytest.approx(difference, abs=1e-9)
+        low, high = summary["delta"][metric]["ci95"]
+        assert low <= summary["delta"][metric]["mean"] <= high
+    assert summary["warmup"]["iw_elbo"] != summary["dro"]["iw_elbo"]
+    assert "DRO" in (tmp_path / "run/report.html").read_text()
+    assert "Recall@1" in capsys.readouterr().out
+
+    answer = RAGPipeline.from_pretrained(tmp_path / "run", dtype="float32").answer(
+        "Which river?", rows(1)[0]["candidates"]
+    )
+    assert len(answer.citations) == 1
+
+    assert recipe.main(*parse(recipe, *flags, "--max_steps", 3, "--resume_from_checkpoint", "last")) == 0
+    history = json.loads((tmp_path / "run/log_history.json").read_text())
+    assert [entry["step"] for entry in history if "selector/loss" in entry] == [1, 2, 3]
