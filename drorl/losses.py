@@ -210,7 +210,7 @@ def clipped_surrogate_loss(
     elif loss_type == "bnpo":
         loss = losses.sum() / tokens.clamp(min=1)
     elif loss_type == "dapo":
-        loss = losses.sum() / (tokens if num_items is None else num_items)
+        loss = losses.sum() / (tokens.clamp(min=1) if num_items is None else num_items)
     elif loss_type == "dr_grpo":
         loss = losses.sum() / (mask.shape[0] * mask.shape[1] * max_completion_length)
     else:

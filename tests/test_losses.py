@@ -244,6 +244,17 @@ def test_num_items_is_what_dapo_divides_by() -> None:
     torch.testing.assert_close(sum(halves), whole)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
+def test_a_call_without_any_token_teaches_nothing(loss_type: str) -> None:
+    """When no sample could be read, the mask is empty: loss, gradient and clipped share are 0, not 0/0."""
+    logps = torch.full((1, 2, 3), -1.0, requires_grad=True)
+    output = clipped_surrogate_loss(
+        logps, logps.detach(), torch.zeros(1, 2, 3), torch.ones(1, 2), loss_type=loss_type, max_completion_length=3
+    )
+    assert output.loss.item() == output.metrics["clip_ratio/region_mean"].item() == 0
+    assert torch.autograd.grad(output.loss, logps)[0].abs().sum() == 0
+
+
 def test_an_unknown_loss_type_is_named() -> None:
     """A misspelt `loss_type` is refused with the choices there are."""
     with pytest.raises(ValueError, match="grpo, bnpo, dapo, dr_grpo, not 'gspo'"):
