@@ -19,6 +19,7 @@ Shapes: N candidates, K chosen, m permutations of one query, D decisions, C bran
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,9 @@ def identifier_texts(kind: str, titles: Sequence[str]) -> list[str]:
     if kind == "letter":
         return [f"[{_letters(i)}]" for i in range(len(titles))]
     if kind == "title":
-        return _distinct([" ".join(t.replace(">", "-").split()) or "Untitled" for t in titles])
+        # Some tokenizers normalise to NFC: titles that differ before that would be equal as tokens.
+        plain = [unicodedata.normalize("NFC", title).replace(">", "-") for title in titles]
+        return _distinct([" ".join(title.split()) or "Untitled" for title in plain])
     raise ValueError(f"identifiers must be one of {', '.join(IDENTIFIERS)}, not {kind!r}")
 
 
@@ -205,6 +208,12 @@ class Slate:
     def token_ids(self, permutation: Sequence[int]) -> tuple[int, ...]:
         """Returns the tokens of a (possibly unfinished) permutation, terminators included."""
         return tuple(token for step, i in enumerate(permutation) for token in self._choice_ids(i, step))
+
+    @property
+    def max_length(self) -> int:
+        """Upper bound on the tokens of a permutation."""
+        lengths = sorted((len(ids) for ids in self.later_ids), reverse=True)
+        return sum(lengths[: self.num_selected]) + self.num_selected * max(len(self.separator_ids), len(self.end_ids))
 
     def decisions(self, prefixes: Iterable[Permutation]) -> DecisionTable:
         """Lays out the decisions that follow each of `prefixes` (permutations of fewer than K candidates)."""

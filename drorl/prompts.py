@@ -53,7 +53,8 @@ class PromptBuilder:
         identifiers (`str`): `number`, `letter` or `title`, see [`~permutations.identifier_texts`].
         num_selected (`int`): K.
         max_passage_tokens (`int`, *optional*): each passage is cut to this many tokens.
-        max_prompt_tokens (`int`, *optional*): the context window less the room for what is written.
+        max_prompt_tokens (`int`, *optional*): what the generator's prompt, and the selector's with its permutation,
+            may take of the context window.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class PromptBuilder:
         self.num_passages = 0
         self.num_truncated_passages = 0
         self._before, self._after = self._frame()
+        self.end_id = self._end_of_turn()
 
     @property
     def truncated_ratio(self) -> float:
@@ -95,6 +97,15 @@ class PromptBuilder:
             encode(after, add_special_tokens=False)["input_ids"],
         )
 
+    def _end_of_turn(self) -> int:
+        """Returns the token that ends the model's turn, which is not always the tokenizer's end of sequence."""
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer.eos_token_id
+        turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": _CONTENT}]
+        after = self.tokenizer.apply_chat_template(turns, tokenize=False).split(_CONTENT)[1]
+        ids = self.tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
+        return ids[0] if ids and ids[0] in self.tokenizer.all_special_ids else self.tokenizer.eos_token_id
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
@@ -111,14 +122,14 @@ class PromptBuilder:
             for identifier, candidate in zip(identifiers, candidates, strict=True)
         ]
         texts = [c["text"] for c in candidates]
-        ids = self._prompt(query, SELECTOR_HEAD, headers, texts, SELECTOR_TAIL[self.identifiers])
         slate = Slate(
             first_ids=[self._encode(i) for i in identifiers],
             later_ids=[self._encode(f" {i}") for i in identifiers],
             separator_ids=self._encode(" >"),
-            end_ids=[self.tokenizer.eos_token_id],
+            end_ids=[self.end_id],
             num_selected=self.num_selected,
         )
+        ids = self._prompt(query, SELECTOR_HEAD, headers, texts, SELECTOR_TAIL[self.identifiers], slate.max_length)
         return SelectorPrompt(ids, identifiers, slate)
 
     def generator(self, query: str, passages: Sequence[Passage]) -> list[int]:
@@ -128,16 +139,20 @@ class PromptBuilder:
 
     def answer(self, answer: str) -> list[int]:
         """Returns the tokens whose likelihood is the answer's: its own and the one that ends the turn, no others."""
-        return [*self._encode(answer), self.tokenizer.eos_token_id]
+        return [*self._encode(answer), self.end_id]
 
-    def _prompt(self, query: str, head: str, headers: Sequence[str], texts: Sequence[str], tail: str) -> list[int]:
+    def _prompt(
+        self, query: str, head: str, headers: Sequence[str], texts: Sequence[str], tail: str, reserve: int = 0
+    ) -> list[int]:
+        """Returns the prompt, cut so that `reserve` tokens can follow it within `max_prompt_tokens`."""
         first, last = (self._encode(part.format(query=query, k=self.num_selected)) for part in (head, tail))
         fixed = [self._before, first, last, self._after]
         head_ids = [self._encode(f"{header}:") for header in headers]
         newline = self._encode("\n")
         room = None
         if self.max_prompt_tokens is not None:
-            room = self.max_prompt_tokens - sum(map(len, fixed)) - sum(len(h) + len(newline) for h in head_ids)
+            room = self.max_prompt_tokens - reserve - sum(map(len, fixed))
+            room -= sum(len(h) + len(newline) for h in head_ids)
             if room < len(texts):
                 raise PromptTooLongError(
                     f"the prompt without any passage text leaves {room} of {self.max_prompt_tokens} tokens for "

@@ -1,5 +1,6 @@
 """Prompts: nothing from outside becomes a control token, nothing of the query is lost, every cut is counted."""
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -144,14 +145,16 @@ def test_fewer_candidates_than_are_selected_are_refused(tokenizer: PreTrainedTok
 
 # ---------------------------------------------------------------------------------------------------------- truncation
 def test_truncation_cuts_passages_and_never_the_query(tokenizer: PreTrainedTokenizerFast) -> None:
-    """A prompt is no longer than allowed, its query and titles are whole, and each cut passage is counted."""
+    """Prompt and permutation are no longer than allowed, query and titles are whole, each cut passage is counted."""
     passages = with_words([50, 3, 80])
     full = PromptBuilder(tokenizer, "number", 2)
     length = len(full.selector(QUERY, passages).ids)
     assert (full.num_passages, full.num_truncated_passages) == (3, 0)
     builder = PromptBuilder(tokenizer, "number", 2, max_prompt_tokens=length - 20)
-    ids = builder.selector(QUERY, passages).ids
-    assert len(ids) == length - 20
+    prompt = builder.selector(QUERY, passages)
+    ids = prompt.ids
+    assert len(ids) + prompt.slate.max_length == length - 20
+    assert len(prompt.slate.token_ids((1, 2))) <= prompt.slate.max_length
     text = tokenizer.decode(ids)
     assert text.count(QUERY) == 2
     assert all(title in text for title in ("[1] T0:", "[2] T1: ", "[3] T2:"))
@@ -215,3 +218,13 @@ def test_the_longest_passages_are_cut_first(
         assert room - sum(kept) < len(cut)
     assert builder.num_truncated_passages == sum(k < length for k, length in zip(kept, lengths, strict=True))
     assert builder._fit(bodies, room) == [body[:k] for body, k in zip(bodies, kept, strict=True)]  # its beginning
+
+
+def test_the_turn_ends_with_the_token_of_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """An answer ends as the chat template ends the model's turn, where that is not the tokenizer's end of sequence."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert end != other.eos_token_id
+    assert PromptBuilder(other).answer("Rhine")[-1] == end
+    assert PromptBuilder(tokenizer).answer("Rhine")[-1] == tokenizer.eos_token_id
