@@ -45,8 +45,9 @@ def publish_checkpoint(staging: Path, run_dir: Path, state: TrainerState, save_t
     one. Older checkpoints are removed afterwards, as `save_total_limit` says; the best one stays.
     """
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    if state.best_global_step:
-        state.best_model_checkpoint = str(run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+    best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    if best.name == name or best.is_dir():  # a step may be evaluated best without having been saved
+        state.best_model_checkpoint = str(best)
     state.save_to_json(str(staging / name / TRAINER_STATE_NAME))  # it named the best checkpoint's place in `staging`
     shutil.rmtree(run_dir / name, ignore_errors=True)
     os.replace(staging / name, run_dir / name)

@@ -105,6 +105,8 @@ class DROConfig(GRPOConfig):
         self._check_choices()
         self._check_numbers()
         self.temperature = self.selector_temperature
+        if self.num_generations_eval is None:
+            self.num_generations_eval = 1  # TRL wants whole groups in its evaluation batches; `evaluate` has none
         if self.bf16 is None and not torch.cuda.is_available():
             self.bf16 = False  # TRL would turn it on; without matrix units for it bf16 is up to 120 times slower
         if not torch.cuda.is_available():

@@ -18,6 +18,7 @@ import os
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from .rollouts import Rollout, draw_rollout, read_rollout, text_logps
 # against the installed version, so that an upgrade fails with one clear message.
 OVERRIDDEN_TRL_HOOKS = {
     "_generate_and_score_completions": ("inputs",),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
     "_compute_loss": ("model", "inputs"),
     "_get_train_sampler": ("dataset",),
     "_save_checkpoint": ("model", "trial"),
@@ -143,7 +145,7 @@ class DROTrainer(GRPOTrainer):
             optimizers=optimizers,
         )
         if generator_model is not None:
-            generator_model = self.accelerator.prepare_model(generator_model)
+            generator_model = self.accelerator.unwrap_model(self.accelerator.prepare_model(generator_model))
         self.pipeline = RAGPipeline(
             self.model,
             self.processing_class,
@@ -202,6 +204,19 @@ class DROTrainer(GRPOTrainer):
         )
 
     # --------------------------------------------------------------------------------------------------------- M-step
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One forward and backward pass of each role; the last of an accumulation averages gradients over processes.
+
+        DDP cannot do that: it expects one forward and one backward pass, here are two of each. So the bare models run.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            for p in chain.from_iterable(self._trained_parameters().values()):
+                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+        return loss
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """The M-step: weighs the permutations, trains the generator, and returns the selector's loss.
 
@@ -209,6 +224,7 @@ class DROTrainer(GRPOTrainer):
         forward pass begins: their graphs never coexist, and gradient checkpointing, which recomputes with whatever
         adapter is active during backward, recomputes each role under its own.
         """
+        model = self.accelerator.unwrap_model(model)
         args, rollouts = self.args, inputs["rollouts"]
         train_selector, train_generator = args.selector_objective != "none", args.generator_objective != "none"
         selector_logps = self._selector_logps_now(model, rollouts)
@@ -222,9 +238,8 @@ class DROTrainer(GRPOTrainer):
             metrics |= {"generator/loss": output.loss, **output.metrics}
             loss = output.loss / self.current_gradient_accumulation_steps + self._touch(GENERATOR)
             if train_selector and torch.is_grad_enabled():
-                with self.accelerator.no_sync(model):  # DDP averages once, in the step's last backward pass
-                    self.accelerator.backward(loss)
-                loss = loss.detach() + self._touch(GENERATOR)
+                self.accelerator.backward(loss)
+                loss = loss.detach()
         if train_selector:
             output = self._selector_loss(model, rollouts, weighting, inputs["num_items_in_batch"])
             metrics |= {"selector/loss": output.loss, **output.metrics}
@@ -239,7 +254,7 @@ class DROTrainer(GRPOTrainer):
 
     def _generator(self, model: nn.Module) -> nn.Module:
         generator = model if self.pipeline.generator_model is None else self.pipeline.generator_model
-        activate(self.accelerator.unwrap_model(generator), GENERATOR)
+        activate(generator, GENERATOR)
         return generator
 
     def _generator_loss(
@@ -266,7 +281,7 @@ class DROTrainer(GRPOTrainer):
 
     def _selector_logps(self, model: nn.Module, rollouts: list[Rollout]) -> tuple[torch.Tensor, dict]:
         """Returns log p_s of each decision or token, `(B, m, T)`, `-inf` in the padding, and metrics."""
-        activate(self.accelerator.unwrap_model(model), SELECTOR)
+        activate(model, SELECTOR)
         if not self.args.constrained:
             logps = [text_logps(model, r.prompt, r.completion_ids or [], self.temperature) for r in rollouts]
             return self._stack(logps, -torch.inf), {}
@@ -321,8 +336,7 @@ class DROTrainer(GRPOTrainer):
         return weigh(scores, objective, args.weight_temperature, args.baseline, args.scale_rewards)
 
     def _touch(self, role: str) -> torch.Tensor:
-        """A zero that depends on the role's adapter: a loss keeps its graph though no sample is valid, and the last
-        backward pass reaches the gradients of the pass before it, since DDP averages what it sees."""
+        """A zero that depends on the role's adapter: a loss keeps its graph though no sample is valid."""
         return torch.stack([0.0 * p.sum() for p in self._trained_parameters()[role]]).sum()
 
     def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
@@ -417,12 +431,15 @@ class DROTrainer(GRPOTrainer):
         """Writes the checkpoint aside and renames it, so that a full disk or a kill leaves the previous one whole."""
         run_dir = Path(self.args.output_dir)
         staging = run_dir / ".incomplete"
-        shutil.rmtree(staging, ignore_errors=True)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self.args.output_dir = str(staging)
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(run_dir)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.args.should_save:
             publish_checkpoint(staging, run_dir, self.state, self.args.save_total_limit)
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,27 @@ def test_the_best_checkpoint_is_loaded_in_the_end(
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
+def test_the_best_step_need_not_have_been_saved(
+    make_trainer: Make, rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Evaluated every step, saved every second, best after the first: training goes on, and no such file is named."""
+    scores = iter([0.9, 0.1, 0.2, 0.3])
+    monkeypatch.setattr(drorl.trainer, "aggregate", lambda records: {"f1": next(scores)})
+    evaluation = {"eval_rows": rows(2, 6), "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "f1"}
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=1, **evaluation)
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    assert trainer.state.best_model_checkpoint is None
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
 # --------------------------------------------------------------------------------------------------------- a full disk
 def full_disk(*_: Any, **__: Any) -> None:
     """Fails as a write to a full disk does."""
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("moment", ["first file", "optimizer"])
+@pytest.mark.parametrize("moment", ["first file", "optimizer", "rename"])
 def test_a_failed_save_leaves_the_previous_checkpoint(
     moment: str, make_trainer: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -145,8 +160,10 @@ def test_a_failed_save_leaves_the_previous_checkpoint(
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         if moment == "first file":
             patch.setattr(RAGPipeline, "save_pretrained", full_disk)
-        else:
+        elif moment == "optimizer":
             patch.setattr(torch, "save", full_disk)
+        else:
+            patch.setattr(os, "replace", full_disk)
         resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 4
     assert digests(checkpoint) == before

@@ -28,6 +28,7 @@ import drorl.trainer
 from drorl.adapters import GENERATOR, SELECTOR, activate, adapter_parameters
 from drorl.data.rows import RowError
 from drorl.losses import Scores
+from drorl.policy import Decisions
 from drorl.prompts import PromptBuilder
 from drorl.trainer import DROTrainer
 
@@ -52,18 +53,24 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def record_rollouts(trainer: DROTrainer) -> list[Any]:
-    """The list to which every E-step adds what it drew."""
-    rollouts: list[Any] = []
+def record_rollouts(trainer: DROTrainer) -> list[tuple[dict[str, Any], Any]]:
+    """The list to which every E-step adds the rows that it was given and what it drew for each."""
+    rollouts: list[tuple[dict[str, Any], Any]] = []
     e_step = trainer._generate_and_score_completions
 
-    def recorded(inputs: Any) -> dict[str, Any]:
+    def recorded(inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = e_step(inputs)
-        rollouts.extend(batch["rollouts"])
+        rollouts.extend(zip(inputs[:: trainer.num_generations], batch["rollouts"], strict=True))
         return batch
 
     trainer._generate_and_score_completions = recorded
     return rollouts
+
+
+def shown_candidates(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], rollout: Any) -> list[dict[str, Any]]:
+    """The row's candidates in the order in which the selector's prompt shows them; their texts are distinct."""
+    prompt = tokenizer.decode(rollout.prompt.ids)
+    return sorted((c for c in row["candidates"] if c["text"] in prompt), key=lambda c: prompt.index(c["text"]))
 
 
 @pytest.fixture
@@ -155,6 +162,24 @@ def test_a_separate_generator_trains_on_its_own_base(
         assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_candidates_are_shuffled_anew_each_time(
+    shuffle: bool, make_trainer: Make, rows: Callable[..., Rows], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Seen again, a query shows its candidates in another order, or with `shuffle_candidates=False` in the same one.
+
+    That five random orders of six candidates are one and the same has a chance of 720^-4.
+    """
+    trainer = make_trainer(train_rows=rows(2, 6), shuffle_candidates=shuffle, max_steps=5)
+    rollouts = record_rollouts(trainer)
+    trainer.train()
+    for row in rows(2, 6):
+        seen = [shown_candidates(tokenizer, r, rollout) for r, rollout in rollouts if r["query"] == row["query"]]
+        assert len(seen) == 5
+        assert (len({tuple(c["id"] for c in order) for order in seen}) > 1) == shuffle
+        assert shuffle or seen[0] == row["candidates"]
+
+
 # ------------------------------------------------------------------------------------------------- the right gradients
 def one_step_gradients(make_trainer: Make, **settings: Any) -> dict[str, dict[str, torch.Tensor]]:
     """The gradients of both roles in the first step, from the same weights, rows and random numbers."""
@@ -174,9 +199,10 @@ def test_gradients_are_those_of_the_paper(
     r"""The optimizer is given the gradients of Eq. 10 and 11, computed here once more from the sampled permutations.
 
     $-\sum_i (w_i - b_i) \log p_s(z_i|x,d)$ for the selector and $-\sum_i w_i \log p_g(y|x,d_{z_i})$ for the generator,
-    averaged over queries; with `sft`, $-\log p_g(y|x, \text{first K})$. Float32: 1e-4 relative.
+    averaged over queries; with `sft`, $-\log p_g(y|x, \text{first K})$, first in the retriever's order and not in the
+    shuffled one of the prompt. Float32: 1e-4 relative.
     """
-    settings = {"baseline": baseline, "generator_objective": generator_objective}
+    settings = {"baseline": baseline, "generator_objective": generator_objective, "shuffle_candidates": True}
     trainer = make_trainer(max_steps=1, max_grad_norm=0.0, **settings)
     model = trainer.model
     groups = {role: adapter_parameters(model, role) for role in ROLES}
@@ -187,12 +213,16 @@ def test_gradients_are_those_of_the_paper(
     model.load_state_dict(start, strict=False)
 
     assert len(rollouts) == 2
+    builder = PromptBuilder(tokenizer, "number", 2)
     expected: dict[str, list[torch.Tensor]] = {role: [] for role in ROLES}
-    for rollout in rollouts:
+    for row, rollout in rollouts:
+        answer = builder.answer(row["answers"][0])
+        shown = shown_candidates(tokenizer, row, rollout)
+        contexts = [builder.generator(row["query"], [shown[i] for i in z]) for z in rollout.permutations]
         activate(model, GENERATOR)
-        logps = torch.stack([sequence_logp(model, context, rollout.answers[0]) for context in rollout.contexts])
+        logps = torch.stack([sequence_logp(model, context, answer) for context in contexts])
         weights = torch.softmax(logps.detach(), dim=0)
-        supervised = sequence_logp(model, rollout.supervised_context, rollout.answers[0])
+        supervised = sequence_logp(model, builder.generator(row["query"], row["candidates"][:2]), answer)
         expected[GENERATOR].append(supervised if generator_objective == "sft" else (weights * logps).sum())
         activate(model, SELECTOR)
         policy = trainer.pipeline.policy.permutation_logps(model, rollout.prompt, rollout.permutations)[0].sum(dim=1)
@@ -288,6 +318,23 @@ def test_a_second_iteration_follows_the_moved_selector(make_trainer: Make, score
     torch.testing.assert_close(weights, expected, atol=1e-5, rtol=0)
 
 
+def test_the_retrievers_order_is_a_weight_of_one(
+    make_trainer: Make, rows: Callable[..., Rows], tokenizer: PreTrainedTokenizerFast, scores: list
+) -> None:
+    """`proposal="retriever"` is supervised warm-up: each row's first K in the retriever's order, however shown."""
+    mode = MODES["retriever, title"] | {"shuffle_candidates": True}
+    trainer = make_trainer(max_steps=2, **mode)
+    rollouts = record_rollouts(trainer)
+    trainer.train()
+    assert len(rollouts) == 4
+    for row, rollout in rollouts:
+        shown = shown_candidates(tokenizer, row, rollout)
+        assert shown != row["candidates"]
+        assert [[shown[i] for i in z] for z in rollout.permutations] == [row["candidates"][:2]]
+    for _, weights in scores:
+        assert torch.equal(weights, torch.ones(2, 1))
+
+
 def test_a_flatter_proposal_is_corrected(make_trainer: Make, scores: list) -> None:
     """With `proposal_temperature=2` p_s stays the policy's, q is the flatter one's, and the weights contain p_s/q."""
     trainer = make_trainer(max_steps=1, proposal_temperature=2.0)
@@ -300,7 +347,7 @@ def test_a_flatter_proposal_is_corrected(make_trainer: Make, scores: list) -> No
     assert weights.isfinite().all()
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2))
     torch.testing.assert_close(weights, torch.softmax(given.generator_logps + given.log_ratio, dim=-1))
-    for rollout in rollouts:
+    for _, rollout in rollouts:
         policy = first_logps[tuple(rollout.prompt.ids)]
         flatter = torch.log_softmax(policy / 2, dim=-1)
         chosen = torch.tensor([z[0] for z in rollout.permutations])
@@ -328,7 +375,7 @@ def test_a_query_of_nan_is_skipped_and_counted(
 
     def poisoned(model: nn.Module, prompts: Any, answers: Any) -> torch.Tensor:
         logps = real(model, prompts, answers)
-        return logps * math.nan if answers == rollouts[0].answers else logps
+        return logps * math.nan if answers == rollouts[0][1].answers else logps
 
     monkeypatch.setattr(drorl.trainer, "answer_logps", poisoned)
     before = {role: adapter_state(trainer.model, role) for role in ROLES}
@@ -336,6 +383,9 @@ def test_a_query_of_nan_is_skipped_and_counted(
     assert finite(trainer.model)
     skipped = [e["frac_skipped_queries"] for e in trainer.state.log_history if "frac_skipped_queries" in e]
     assert skipped[0] == 0.5
+    losses = [e[f"{role}/loss"] for e in trainer.state.log_history for role in ROLES if f"{role}/loss" in e]
+    assert len(losses) == (2 if generator_objective == "none" else 4)
+    assert all(map(math.isfinite, losses))
     for role in ROLES if generator_objective != "none" else (SELECTOR,):
         assert smallest_move(adapter_state(trainer.model, role), before[role]) > 1e-4
 
@@ -404,7 +454,7 @@ def test_evaluation_of_one_choice_is_exact(
     Two of the four answers are right, of which one has a word too many, as far as EM and F1 can see.
     """
     data = rows(4, 6)
-    trainer = make_trainer(eval_rows=data, num_selected=1)
+    trainer = make_trainer(eval_rows=data, num_selected=1, answer_target="first")
     written = [data[0]["answers"][0], f"{data[1]['answers'][0]} river", "Nile", ""]
     monkeypatch.setattr(trainer.pipeline, "generate", lambda prompts: written)
     metrics = trainer.evaluate()
@@ -430,6 +480,24 @@ def test_evaluation_of_one_choice_is_exact(
     assert metrics["eval_recall@1"] == sum(first) / 4
     assert [record.query for record in trainer.last_records] == [row["query"] for row in data]
     assert trainer.state.log_history[-1]["eval_f1"] == metrics["eval_f1"]
+
+
+@pytest.mark.parametrize("num_generations", [2, 4])
+def test_evaluation_takes_as_many_samples_as_training(
+    num_generations: int, make_trainer: Make, rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For K > 1 the bound is that of `num_generations` samples, so that runs with equal settings can be compared."""
+    counts = []
+    sample = Decisions.sample
+
+    def counted(self: Decisions, count: int, *args: Any, **kwargs: Any) -> Any:
+        draw = sample(self, count, *args, **kwargs)
+        counts.append(len(draw.permutations))
+        return draw
+
+    monkeypatch.setattr(Decisions, "sample", counted)
+    make_trainer(eval_rows=rows(3, 6), num_generations=num_generations).evaluate()
+    assert counts == [num_generations] * 3
 
 
 def test_evaluation_during_training_changes_nothing_but_the_log(make_trainer: Make, rows: Callable[..., Rows]) -> None:

@@ -1,0 +1,115 @@
+"""Two processes on one machine train as one does: the batch is shared out, and nothing else changes.
+
+`test_worker` is what each process runs; `run_dirs` starts it with `torchrun`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from runs import largest_difference
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from drorl.adapters import GENERATOR, SELECTOR
+from drorl.trainer import DROTrainer
+
+pytestmark = pytest.mark.slow
+ROLES = (SELECTOR, GENERATOR)
+WORK = "DRORL_TEST_WORK"
+CASES: dict[str, dict[str, Any]] = {
+    "shared base": {},
+    "separate bases, checkpointing, clipped": {
+        "separate": True,
+        "gradient_checkpointing": True,
+        "max_grad_norm": 0.1,
+    },
+    "accumulation, grpo and sft": {
+        "selector_objective": "grpo",
+        "generator_objective": "sft",
+        "gradient_accumulation_steps": 2,
+    },
+    "generator only": {"selector_objective": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def run_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Number of processes -> the directory of the runs of all cases by so many."""
+    work = tmp_path_factory.mktemp("processes")
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += ["-m", "pytest", __file__, "-m", "slow", "-k", "test_worker", "-q", "-p", "no:cacheprovider"]
+        task = json.dumps({"run_dir": str(work / str(processes)), "processes": processes})
+        environment = os.environ | {WORK: task, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-3000:]
+    return {processes: work / str(processes) for processes in (1, 2)}
+
+
+@pytest.mark.skipif(WORK not in os.environ, reason="runs inside the processes that the other test starts")
+@pytest.mark.parametrize("case", CASES)
+def test_worker(
+    case: str,
+    make_trainer: Callable[..., DROTrainer],
+    rows: Callable[..., Any],
+    tiny_model: Callable[..., LlamaForCausalLM],
+    lora: LoraConfig,
+) -> None:
+    """Two steps of four queries each, in one process or shared by two; all first choices, so nothing is random."""
+    task = json.loads(os.environ[WORK])
+    settings, run_dir = dict(CASES[case]), Path(task["run_dir"]) / case
+    models: dict[str, Any] = {}
+    torch.manual_seed(int(os.environ["RANK"]))  # adapters that differ: those of the first process count
+    if settings.pop("separate", False):
+        models["model"] = get_peft_model(tiny_model(), lora, adapter_name=SELECTOR)
+        models["generator_model"] = get_peft_model(tiny_model(seed=1), lora, adapter_name=GENERATOR)
+    queries = 4 // task["processes"] // settings.get("gradient_accumulation_steps", 1)
+    trainer = make_trainer(
+        **models,
+        train_rows=rows(8, 6),
+        eval_rows=rows(3, 6),
+        output_dir=str(run_dir),
+        num_selected=1,
+        num_generations=6,
+        proposal="first_choices",
+        per_device_train_batch_size=6 * queries,
+        optim="sgd",  # Adam would blow rounding up wherever a gradient is about 0
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        seed=3,
+        **({"max_grad_norm": 0.0} | settings),
+    )
+    assert trainer.accelerator.num_processes == task["processes"]
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert len(trainer.last_records) == 3
+    if trainer.accelerator.is_main_process:
+        numbers = {k: v for k, v in metrics.items() if k.startswith("eval_")}
+        (run_dir / "metrics.json").write_text(json.dumps(numbers))
+
+
+@pytest.mark.skipif(WORK in os.environ, reason="this is a worker")
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case: str, run_dirs: dict[int, Path]) -> None:
+    """Adapters after two steps and evaluation agree to float32 rounding; a checkpoint is whole for both processes."""
+    alone, together = (run_dirs[processes] / case for processes in (1, 2))
+    for role in ROLES:
+        expected, actual = (
+            load_file(run / "checkpoint-2" / role / "adapter_model.safetensors") for run in (alone, together)
+        )
+        # The adapters move by 1e-3 where gradients are clipped and by 1e-2 elsewhere, and agree to about 1e-9.
+        assert largest_difference(actual, expected) < 1e-6
+    one, two = (json.loads((run / "metrics.json").read_text()) for run in (alone, together))
+    assert two == pytest.approx(one, abs=1e-4)
+    assert sorted(path.name for path in together.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (together / "checkpoint-2").iterdir()}
+    assert not (together / ".incomplete").exists()
