@@ -1,6 +1,7 @@
 """Callbacks: EM iterations with early stopping, a budget in minutes, Ctrl-C, a progress bar."""
 
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -107,7 +108,8 @@ class InterruptCallback(TrainerCallback):
         logger.warning("Interrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._previous = signal.signal(signal.SIGINT, self._handle)
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self._previous = signal.signal(signal.SIGINT, self._handle)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.interrupted:
@@ -115,7 +117,8 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
 
 
 class RichProgressCallback(TrainerCallback):

@@ -3,12 +3,19 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
+from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
+
+from .adapters import GENERATOR, SELECTOR, load_adapter_weights
+from .pipeline import RAGPipeline
 
 
 class ResumableSampler(RepeatSampler):
@@ -51,6 +58,8 @@ def publish_checkpoint(staging: Path, run_dir: Path, state: TrainerState, save_t
     state.save_to_json(str(staging / name / TRAINER_STATE_NAME))  # it named the best checkpoint's place in `staging`
     shutil.rmtree(run_dir / name, ignore_errors=True)
     os.replace(staging / name, run_dir / name)
+    if (staging / "README.md").exists():  # the model card
+        os.replace(staging / "README.md", run_dir / "README.md")
     shutil.rmtree(staging)
     rotate_checkpoints(
         output_dir=str(run_dir),
@@ -58,3 +67,41 @@ def publish_checkpoint(staging: Path, run_dir: Path, state: TrainerState, save_t
         best_model_checkpoint=state.best_model_checkpoint,
         use_mtime=True,
     )
+
+
+class AtomicCheckpoints(GRPOTrainer):
+    """The part of [`DROTrainer`] that saves both adapters and goes on from them."""
+
+    pipeline: RAGPipeline
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableSampler:
+        return ResumableSampler(super()._get_train_sampler(dataset))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.pipeline.save_pretrained(output_dir or self.args.output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        for role in (SELECTOR, GENERATOR):
+            owner = (
+                self.pipeline.generator_model if role == GENERATOR and self.pipeline.generator_model else self.model
+            )
+            load_adapter_weights(owner, os.path.join(resume_from_checkpoint, role), role)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes the checkpoint aside and renames it, so that a full disk or a kill leaves the previous one whole."""
+        run_dir = Path(self.args.output_dir)
+        staging = run_dir / ".incomplete"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(run_dir)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
+        if self.args.should_save:
+            publish_checkpoint(staging, run_dir, self.state, self.args.save_total_limit)

@@ -14,6 +14,21 @@ PROPOSALS = ("policy", "first_choices", "retriever")
 SELECTOR_OBJECTIVES = (*ADVANTAGES, "none")
 GENERATOR_OBJECTIVES = ("dro", "sft", "none")
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
+# Settings of TRL that DRO's M-step does not read: another value than this one is refused rather than ignored.
+FIXED = {
+    "beta": 0.0,
+    "importance_sampling_level": "token",
+    "top_entropy_quantile": 1.0,
+    "mask_truncated_completions": False,
+    "delta": None,
+    "off_policy_mask_threshold": None,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "use_vllm": False,
+}
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -28,6 +43,9 @@ class DROConfig(GRPOConfig):
     Defaults are the paper's (https://huggingface.co/papers/2505.03075, sections 3 and 4) unless said otherwise.
     `per_device_train_batch_size` counts permutations, as in TRL, and must be a multiple of `num_generations` (m), so
     that the samples of a query stay on one process.
+
+    learning_rate (`float`, *optional*, defaults to `1e-5`) and weight_decay (`float`, *optional*, defaults to `0.01`)
+    are the paper's.
 
     Parameters that control the rows
 
@@ -72,6 +90,8 @@ class DROConfig(GRPOConfig):
         generator_learning_rate (`float`, *optional*): default: `learning_rate`, which is the selector's.
     """
 
+    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the selector; paper: 1e-5."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay; paper: 0.01."})
     num_candidates: int = field(default=20, metadata={"help": "N: passages that the selector reads."})
     num_selected: int = field(default=5, metadata={"help": "K: passages that the generator reads."})
     shuffle_candidates: bool = field(default=False, metadata={"help": "Show the candidates in a random order."})
@@ -170,5 +190,6 @@ class DROConfig(GRPOConfig):
             raise ValueError("constrained=False samples free text: it needs proposal='policy', proposal_temperature=1")
         if not self.constrained and self.retrieval_prior_weight:
             raise ValueError("retrieval_prior_weight needs constrained=True: free text has no candidate to weigh")
-        if self.beta != 0.0:
-            raise ValueError("beta must be 0: DRO's M-step has no KL term, and drorl keeps no reference adapter")
+        for name, value in FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported by drorl: leave it at {value!r}")

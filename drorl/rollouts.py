@@ -17,7 +17,7 @@ from .config import DROConfig
 from .likelihood import sequence_logps
 from .permutations import Permutation, parse_permutation
 from .pipeline import Passage, RAGPipeline
-from .policy import Decisions, Draw, SelectorPolicy  # noqa: F401
+from .policy import Draw
 from .prompts import SelectorPrompt
 
 
@@ -44,6 +44,11 @@ class Rollout:
     """The tokenized gold answers that are scored."""
     valid_rate: float = 1.0
     """Share of the samples that needed no repair; 1 by construction when constrained."""
+
+    @property
+    def drawn(self) -> list[Permutation]:
+        """The permutations of the samples that have one: all of them, when constrained."""
+        return [z for z in self.permutations if z is not None]
 
     @property
     def unique_ratio(self) -> float:
@@ -130,3 +135,24 @@ def _generator_inputs(
         "supervised_context": prompts.generator(query, row["candidates"][: config.num_selected]),
         "answers": [prompts.answer(a) for a in scored_answers(row, config.answer_target, config.num_candidates)],
     }
+
+
+def stack(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Stacks one tensor per query, `(m', T')` or `(m',)`, into `(B, m, T)` or `(B, m)`, padded with `-inf`."""
+    shape = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
+    stacked = rows[0].new_full((len(rows), *shape), -torch.inf, device=device)
+    for i, row in enumerate(rows):
+        stacked[(i, *map(slice, row.shape))] = row
+    return stacked
+
+
+def without_nan(logps: torch.Tensor) -> torch.Tensor:
+    """Takes a query with a NaN out of the graph: a weight of 0 would not stop it, since 0 * NaN is NaN."""
+    return logps.detach() if logps.isnan().any() else logps
+
+
+def sum_over_tokens(token_logps: torch.Tensor) -> torch.Tensor:
+    """Sums `(B, m, T)` over T without its padding; a sample that is all padding stays `-inf`."""
+    mask = token_logps.isfinite()
+    total = token_logps.masked_fill(~mask, 0.0).sum(dim=-1)
+    return total.masked_fill(~mask.any(dim=-1), -torch.inf)

@@ -14,12 +14,9 @@ models; the policy is constrained to valid permutations unless `constrained=Fals
 Shapes: B queries, m permutations of each, K chosen, T decisions (constrained: K) or tokens (free text).
 """
 
-import os
-import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,17 +33,16 @@ from .adapters import (
     SELECTOR,
     activate,
     adapter_parameters,
-    load_adapter_weights,
     load_with_adapters,
 )
 from .answers import answer_logps
-from .checkpoints import ResumableSampler, publish_checkpoint
+from .checkpoints import AtomicCheckpoints
 from .config import DROConfig
 from .data.rows import validate_rows
 from .evaluation import Record, aggregate, evaluate_rows
 from .losses import LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
 from .pipeline import Passage, PipelineSettings, RAGPipeline
-from .rollouts import Rollout, draw_rollout, read_rollout, text_logps
+from .rollouts import Rollout, draw_rollout, read_rollout, stack, sum_over_tokens, text_logps, without_nan
 
 # Every private name of TRL and transformers that is overridden or used here; tests/test_trl_contract.py checks each
 # against the installed version, so that an upgrade fails with one clear message.
@@ -70,7 +66,7 @@ def _no_reward(*_: Any, **__: Any) -> list[float]:
     raise NotImplementedError("DROTrainer computes its reward in the E-step; TRL must not ask for it")
 
 
-class DROTrainer(GRPOTrainer):
+class DROTrainer(AtomicCheckpoints, GRPOTrainer):
     r"""Trains a selector and a generator jointly with Direct Retrieval-augmented Optimization.
 
     $$\mathcal{L} = -\sum_i w_i \log p_s(z_i|x,d) \;-\; \sum_i w_i \log p_g(y|x,d_{z_i}), \qquad
@@ -154,14 +150,14 @@ class DROTrainer(GRPOTrainer):
             generator_processing_class or generator_tokenizer,
         )
         self.last_records: list[Record] = []
+        needed = args.generation_batch_size // args.num_generations
+        if len(self.train_dataset) < needed:
+            raise ValueError(f"one step takes {needed} queries, but train_dataset has {len(self.train_dataset)} rows")
 
     @staticmethod
     def _rows(rows: Dataset | Sequence[Mapping[str, Any]], args: DROConfig) -> Dataset:
         rows, _ = validate_rows(rows, args.num_selected, require_scores=args.retrieval_prior_weight != 0)
         return rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableSampler:
-        return ResumableSampler(super()._get_train_sampler(dataset))
 
     # --------------------------------------------------------------------------------------------------------- E-step
     @torch.no_grad()
@@ -250,7 +246,9 @@ class DROTrainer(GRPOTrainer):
     def _generator_logps(self, model: nn.Module, rollouts: list[Rollout]) -> torch.Tensor:
         """Returns log p_g(y|x,d_z), `(B, m)`; `-inf` where there is no permutation."""
         generator = self._generator(model)
-        return self._stack([_sound(answer_logps(generator, r.contexts, r.answers)) for r in rollouts], -torch.inf)
+        return stack(
+            [without_nan(answer_logps(generator, r.contexts, r.answers)) for r in rollouts], self.accelerator.device
+        )
 
     def _generator(self, model: nn.Module) -> nn.Module:
         generator = model if self.pipeline.generator_model is None else self.pipeline.generator_model
@@ -263,7 +261,9 @@ class DROTrainer(GRPOTrainer):
         if self.args.generator_objective == "dro":
             return weighted_mle_loss(generator_logps, weighting.importance_weights)
         generator = self._generator(model)
-        logps = torch.stack([_sound(answer_logps(generator, [r.supervised_context], r.answers)) for r in rollouts])
+        logps = torch.stack(
+            [without_nan(answer_logps(generator, [r.supervised_context], r.answers)) for r in rollouts]
+        )
         return weighted_mle_loss(logps, logps.isfinite().to(logps.dtype))
 
     def _selector_logps_now(self, model: nn.Module, rollouts: list[Rollout]) -> torch.Tensor:
@@ -275,27 +275,27 @@ class DROTrainer(GRPOTrainer):
             self.num_iterations == 1 and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
         )
         if on_policy or self.args.selector_objective == "none":
-            return _sum(self._stack([r.old_selector_logps for r in rollouts], -torch.inf))
+            return sum_over_tokens(stack([r.old_selector_logps for r in rollouts], self.args.device))
         with torch.no_grad():
-            return _sum(self._selector_logps(model, rollouts)[0])
+            return sum_over_tokens(self._selector_logps(model, rollouts)[0])
 
     def _selector_logps(self, model: nn.Module, rollouts: list[Rollout]) -> tuple[torch.Tensor, dict]:
         """Returns log p_s of each decision or token, `(B, m, T)`, `-inf` in the padding, and metrics."""
         activate(model, SELECTOR)
         if not self.args.constrained:
             logps = [text_logps(model, r.prompt, r.completion_ids or [], self.temperature) for r in rollouts]
-            return self._stack(logps, -torch.inf), {}
+            return stack(logps, self.args.device), {}
         policy = self.pipeline.policy
-        scored = [policy.permutation_logps(model, r.prompt, r.permutations, r.scores) for r in rollouts]
+        scored = [policy.permutation_logps(model, r.prompt, r.drawn, r.scores) for r in rollouts]
         entropy = torch.stack([entropies.mean() for _, entropies in scored]).mean()
-        return self._stack([logps for logps, _ in scored], -torch.inf), {"selector/entropy": entropy}
+        return stack([logps for logps, _ in scored], self.args.device), {"selector/entropy": entropy}
 
     def _selector_loss(
         self, model: nn.Module, rollouts: list[Rollout], weighting: Weighting, num_items: torch.Tensor
     ) -> LossOutput:
         token_logps, metrics = self._selector_logps(model, rollouts)
         if self.args.selector_objective == "dro":
-            output = weighted_mle_loss(_sum(token_logps), weighting.advantages)
+            output = weighted_mle_loss(sum_over_tokens(token_logps), weighting.advantages)
         else:
             output = self._surrogate(token_logps, rollouts, weighting, num_items)
         return LossOutput(output.loss, metrics | output.metrics)
@@ -304,7 +304,7 @@ class DROTrainer(GRPOTrainer):
         self, token_logps: torch.Tensor, rollouts: list[Rollout], weighting: Weighting, num_items: torch.Tensor
     ) -> LossOutput:
         mask = token_logps.isfinite()
-        old = self._stack([r.old_selector_logps for r in rollouts], -torch.inf)
+        old = stack([r.old_selector_logps for r in rollouts], self.args.device)
         return clipped_surrogate_loss(
             token_logps.masked_fill(~mask, 0.0),
             old.masked_fill(~mask, 0.0),
@@ -318,19 +318,11 @@ class DROTrainer(GRPOTrainer):
             self.max_completion_length,
         )
 
-    def _stack(self, rows: list[torch.Tensor], fill: float) -> torch.Tensor:
-        """Stacks one tensor per query, `(m', T')` or `(m',)`, into `(B, m, T)` or `(B, m)`, padded with `fill`."""
-        shape = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
-        stacked = torch.full((len(rows), *shape), fill, dtype=rows[0].dtype, device=self.accelerator.device)
-        for i, row in enumerate(rows):
-            stacked[(i, *map(slice, row.shape))] = row
-        return stacked
-
     def _weigh(
         self, rollouts: list[Rollout], selector_logps: torch.Tensor, generator_logps: torch.Tensor
     ) -> Weighting:
         args = self.args
-        proposal_logps = _sum(self._stack([r.proposal_logps for r in rollouts], -torch.inf))
+        proposal_logps = sum_over_tokens(stack([r.proposal_logps for r in rollouts], self.args.device))
         scores = Scores(generator_logps, selector_logps, proposal_logps)
         objective = "dro" if args.selector_objective == "none" else args.selector_objective
         return weigh(scores, objective, args.weight_temperature, args.baseline, args.scale_rewards)
@@ -413,44 +405,3 @@ class DROTrainer(GRPOTrainer):
             for parameters in self._trained_parameters().values()
         ]
         return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.pipeline.save_pretrained(output_dir or self.args.output_dir, state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        for role in (SELECTOR, GENERATOR):
-            owner = (
-                self.pipeline.generator_model if role == GENERATOR and self.pipeline.generator_model else self.model
-            )
-            load_adapter_weights(owner, os.path.join(resume_from_checkpoint, role), role)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the checkpoint aside and renames it, so that a full disk or a kill leaves the previous one whole."""
-        run_dir = Path(self.args.output_dir)
-        staging = run_dir / ".incomplete"
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.args.output_dir = str(staging)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(run_dir)
-        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
-        if self.args.should_save:
-            publish_checkpoint(staging, run_dir, self.state, self.args.save_total_limit)
-
-
-def _sound(logps: torch.Tensor) -> torch.Tensor:
-    """Takes a query with a NaN out of the graph: a weight of 0 would not stop it, since 0 * NaN is NaN."""
-    return logps.detach() if logps.isnan().any() else logps
-
-
-def _sum(token_logps: torch.Tensor) -> torch.Tensor:
-    """Sums `(B, m, T)` over T without its padding; a sample that is all padding stays `-inf`."""
-    mask = token_logps.isfinite()
-    total = token_logps.masked_fill(~mask, 0.0).sum(dim=-1)
-    return total.masked_fill(~mask.any(dim=-1), -torch.inf)

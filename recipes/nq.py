@@ -148,7 +148,7 @@ def main(script: ScriptArguments, config: DROConfig) -> int:
     trainer = trainer_for("DRO", config, None, *callbacks)
     questions = rows["test"].select(range(min(script.num_eval_questions or len(rows["test"]), len(rows["test"]))))
     test = Experiment(config, questions)
-    test.evaluate("warmup", "warm-up", trainer.pipeline, seconds=budget and 0.25 * budget)
+    test.evaluate("warmup", "warm-up", trainer.pipeline, seconds=budget and 0.17 * budget)
     before = test.examples("warmup", trainer.pipeline)
     test.evaluate("retriever_sft", "retriever's order, SFT generator", trainer.pipeline, use_selector=False)
     with trainer.pipeline.without_adapters():

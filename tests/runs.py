@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "max_steps": 2,
     "learning_rate": 1e-2,
+    "weight_decay": 0.0,  # an adapter without a gradient stays as it is
     "lr_scheduler_type": "constant",
     "gradient_checkpointing": False,  # TRL's default is True
     "logging_steps": 1,

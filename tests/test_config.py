@@ -57,7 +57,10 @@ REJECTED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"constrained": False, "proposal_temperature": 2.0}, ["constrained=False", "proposal_temperature=1"]),
     ({"constrained": False, "retrieval_prior_weight": 1.0}, ["retrieval_prior_weight", "constrained=True"]),
-    ({"beta": 0.04}, ["beta must be 0"]),
+    ({"beta": 0.04}, ["beta=0.04 is not supported"]),
+    ({"importance_sampling_level": "sequence"}, ["importance_sampling_level='sequence' is not supported"]),
+    ({"constrained": False, "top_p": 0.95}, ["top_p=0.95 is not supported"]),
+    ({"use_vllm": True}, ["use_vllm=True is not supported"]),
 ]
 
 
@@ -133,6 +136,8 @@ PAPER = {
     "selector_objective": "dro",
     "generator_objective": "dro",
     "baseline": "none",
+    "learning_rate": 1e-5,
+    "weight_decay": 0.01,
     "beta": 0.0,
     "num_iterations": 1,
 }

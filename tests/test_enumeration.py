@@ -20,8 +20,8 @@ from drorl.adapters import GENERATOR, SELECTOR, activate, adapter_parameters
 from drorl.answers import answer_logps
 from drorl.losses import Scores, weigh, weighted_mle_loss
 from drorl.permutations import Permutation, format_permutation
+from drorl.policy import Decisions, Draw, SelectorPolicy
 from drorl.prompts import PromptBuilder, SelectorPrompt
-from drorl.rollouts import Decisions, Draw, SelectorPolicy
 from drorl.weights import baseline_weights
 
 QUERY = "Which city is on the Tiber?"

@@ -558,3 +558,9 @@ def test_evaluation_needs_rows(make_trainer: Make) -> None:
     """`evaluate()` without any rows says what is missing."""
     with pytest.raises(ValueError, match="eval_dataset"):
         make_trainer().evaluate()
+
+
+def test_too_few_rows_for_a_step_are_refused(make_trainer: Callable[..., DROTrainer]) -> None:
+    """A data set that is smaller than one step would train nothing without a word; the numbers are named."""
+    with pytest.raises(ValueError, match="one step takes 64 queries, but train_dataset has 8 rows"):
+        make_trainer(gradient_accumulation_steps=32)

@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl import __version__ as trl_version
 
 import drorl.trainer
+from drorl.checkpoints import AtomicCheckpoints
 from drorl.trainer import OVERRIDDEN_TRL_HOOKS, USED_TRL_HOOKS, DROTrainer
 
 HOOKS = {**OVERRIDDEN_TRL_HOOKS, **USED_TRL_HOOKS}
@@ -50,7 +51,7 @@ def own_names() -> set[str]:
     """The methods and properties that `DROTrainer` defines, `__init__` and TRL's labels for model cards apart."""
     return {
         name
-        for name, value in vars(DROTrainer).items()
+        for name, value in (*vars(DROTrainer).items(), *vars(AtomicCheckpoints).items())
         if not name.startswith("__") and (callable(value) or isinstance(value, (property, staticmethod)))
     }
 

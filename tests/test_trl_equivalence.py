@@ -68,6 +68,7 @@ def shared_settings(tokenizer: PreTrainedTokenizerFast, identifiers: str, **over
         "per_device_train_batch_size": 8,
         "max_steps": STEPS,
         "learning_rate": 3e-2,
+        "weight_decay": 0.0,
         "lr_scheduler_type": "linear",
         "max_completion_length": 12,
         "generation_kwargs": near_permutations(tokenizer, {"number": "123456", "letter": "ABCDEF"}[identifiers]),
