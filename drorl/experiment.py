@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import GENERATOR
@@ -47,6 +50,7 @@ class Experiment:
         self.rows = rows
         self.answer_target = config.answer_target
         self.num_samples = config.num_generations
+        self.dtype: str | None = None
         self.systems: dict[str, tuple[str, list[Record]]] = {}
         self.seconds: dict[str, float] = {}
 
@@ -77,6 +81,7 @@ class Experiment:
         return records
 
     def _evaluate(self, label: str, pipeline: RAGPipeline, use_selector: bool, seconds: float | None) -> list[Record]:
+        self.dtype = str(pipeline.model.dtype).removeprefix("torch.")
         deadline = None if seconds is None else time.monotonic() + seconds
         records: list[Record] = []
         block = 50
@@ -129,7 +134,7 @@ class Experiment:
         after: str,
         script: Mapping[str, Any],
         log_history: Sequence[Mapping[str, Any]],
-        examples: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+        examples: Sequence[Mapping[str, Any]],
         minutes: float,
         facts: Mapping[str, Any],
     ) -> dict[str, Any]:
@@ -139,7 +144,7 @@ class Experiment:
         summary = {
             "n_eval": len(self.rows),
             "minutes": minutes,
-            "machine": machine(),
+            "machine": {**machine(), "dtype": self.dtype},
             "versions": {
                 name: version(name) for name in ("drorl", "torch", "trl", "transformers", "peft", "datasets")
             },
@@ -159,8 +164,7 @@ class Experiment:
                 for metric in METRICS
             },
         }
-        merged = [_before_after(*pair) for pair in zip(*examples, strict=True)]
-        for name, content in (("summary", summary), ("log_history", log_history), ("examples", merged)):
+        for name, content in (("summary", summary), ("log_history", log_history), ("examples", examples)):
             (self.run_dir / f"{name}.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
         return summary
 
@@ -210,13 +214,14 @@ def last_checkpoint(config: DROConfig) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Returns what the timings depend on: processor, threads, speed of matrix products."""
+    """Returns what the timings depend on: processor, threads, speed of matrix products in float32 and bfloat16."""
     gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "gflops": {} if gpu else {"float32": round(measure_gflops(torch.float32))},
+        "gflops": None if gpu else round(measure_gflops(torch.float32)),
+        "gflops_bfloat16": None if gpu else round(measure_gflops(torch.bfloat16, at_least=1000)),
     }
 
 
@@ -224,6 +229,21 @@ def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
+
+
+def example_table(example: Mapping[str, Any]) -> Table:
+    """Returns a worked example for the terminal: what was chosen, how likely, and answered, before and after."""
+    gold = ", ".join(example["answers"][:3])
+    table = Table("", "first choice", "p(choice)", "weight", "answer", box=SIMPLE_HEAD, title_justify="left")
+    table.title = Text(f"{example['query']}  (gold: {gold})")
+    for when in ("before", "after"):
+        side, first = example[when], example[when]["chosen"][0]
+        candidate = example["candidates"][first]
+        mark = "✓" if candidate["has_answer"] else "✗"
+        weight = f"{side['importance_weights'][first]:.2f}"
+        row = (when, f"{mark} {candidate['title']}", f"{side['probabilities'][first]:.2f}", weight, side["answer"])
+        table.add_row(*(Text(cell) for cell in row))
+    return table
 
 
 def _own_settings(config: DROConfig) -> dict[str, Any]:
@@ -253,7 +273,8 @@ def _instructive(rows: Dataset, records: Sequence[Record], count: int) -> list[i
     return (found + [i for i in range(len(records)) if i not in found])[:count]
 
 
-def _before_after(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def before_after(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Returns one worked example of two systems from [`Experiment.examples`] of each."""
     shared = ("query", "answers", "candidates")
     parts = {
         name: {k: v for k, v in e.items() if k not in shared} for name, e in (("before", before), ("after", after))

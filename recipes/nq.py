@@ -17,7 +17,6 @@ alternate per batch; the selector's policy is normalised over valid permutations
 retriever's order instead of RankZephyr's rankings.
 """
 
-import json
 import logging
 import shutil
 import sys
@@ -106,9 +105,11 @@ def main(script: ScriptArguments, config: DROConfig) -> int:
 
     from drorl import DROTrainer
     from drorl.callbacks import EMIterationCallback, InterruptCallback, RichProgressCallback, TimeBudgetCallback
-    from drorl.experiment import Experiment, last_checkpoint, warmup_config
+    from drorl.experiment import Experiment, before_after, example_table, last_checkpoint, warmup_config
     from drorl.report import summary_table, write_report
 
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("drorl").setLevel(logging.INFO)
     torch.manual_seed(config.seed)
     run_dir, budget = Path(config.output_dir), script.max_minutes and 60 * script.max_minutes
     checkpoint = last_checkpoint(config)
@@ -164,11 +165,14 @@ def main(script: ScriptArguments, config: DROConfig) -> int:
     trainer.save_model()
     test.evaluate("dro", "DRO", trainer.pipeline)
     after = test.examples("dro", trainer.pipeline)
+    examples = [before_after(*pair) for pair in zip(before, after, strict=True)]
     minutes = (time.monotonic() - start) / 60
-    summary = test.write("warmup", "dro", vars(script), trainer.state.log_history, (before, after), minutes, facts)
+    summary = test.write("warmup", "dro", vars(script), trainer.state.log_history, examples, minutes, facts)
     console = Console()
     console.print(summary_table(summary))
-    console.print(f"Report: {write_report(run_dir)}\nDifferences: {json.dumps(summary['delta'])}")
+    for example in examples:
+        console.print(example_table(example))
+    console.print(f"{minutes:.1f} minutes. Report: {write_report(run_dir)}, figures: {run_dir / 'summary.json'}")
     return 0
 
 
