@@ -8,14 +8,10 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
-export OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# All values are given, so that accelerate neither asks for a configuration file nor warns that there is none.
-# It still takes a GPU when there is one.
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	--num_cpu_threads_per_process $(OMP_NUM_THREADS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow quality format bench clean
@@ -35,7 +31,7 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	@touch $@
 
 demo: $(INSTALLED) ## build the data and the model, train with DRO, compare on held-out questions
-	$(LAUNCH) recipes/nq.py --config recipes/configs/nq_demo.yaml $(ARGS)
+	$(BIN)/python recipes/nq.py --config recipes/configs/nq_demo.yaml $(ARGS)
 
 test: $(INSTALLED) ## the default suite: CPU, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)

@@ -6,6 +6,7 @@ import time
 from types import FrameType
 from typing import Any
 
+from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -72,7 +73,8 @@ class TimeBudgetCallback(TrainerCallback):
 
     def _left(self, state: TrainerState) -> float:
         time_left = 1 - (time.monotonic() - self._start) / self.seconds
-        return max(0.0, min(time_left, 1 - state.global_step / state.max_steps))
+        left = max(0.0, min(time_left, 1 - state.global_step / state.max_steps))
+        return broadcast_object_list([left])[0]  # by one clock, or the processes would drift apart
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
@@ -88,6 +90,7 @@ class TimeBudgetCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._left(state) == 0.0:
+            control.should_save = True
             control.should_training_stop = True
 
 
@@ -112,6 +115,7 @@ class InterruptCallback(TrainerCallback):
             self._previous = signal.signal(signal.SIGINT, self._handle)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.interrupted = any(gather_object([self.interrupted]))  # one stops, all stop
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True

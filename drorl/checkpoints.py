@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from transformers import TrainerState
@@ -14,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from .adapters import GENERATOR, SELECTOR, load_adapter_weights
+from .adapters import ROLES, load_adapter_weights
 from .pipeline import RAGPipeline
 
 
@@ -81,11 +82,12 @@ class AtomicCheckpoints(GRPOTrainer):
         self.pipeline.save_pretrained(output_dir or self.args.output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        for role in (SELECTOR, GENERATOR):
-            owner = (
-                self.pipeline.generator_model if role == GENERATOR and self.pipeline.generator_model else self.model
-            )
-            load_adapter_weights(owner, os.path.join(resume_from_checkpoint, role), role)
+        self.load_adapters(resume_from_checkpoint)
+
+    def load_adapters(self, directory: str | Path) -> None:
+        """Copies both adapters from a checkpoint or a saved model into the ones being trained."""
+        for role in ROLES:
+            load_adapter_weights(self.pipeline.owner(role), os.path.join(directory, role), role)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -105,3 +107,5 @@ class AtomicCheckpoints(GRPOTrainer):
         self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.args.should_save:
             publish_checkpoint(staging, run_dir, self.state, self.args.save_total_limit)
+        best = broadcast_object_list([self.state.best_model_checkpoint])  # other processes know its staging place
+        self.state.best_model_checkpoint = best[0]

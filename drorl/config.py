@@ -13,8 +13,9 @@ BASELINES = ("none", "mean", "leave_one_out")
 PROPOSALS = ("policy", "first_choices", "retriever")
 SELECTOR_OBJECTIVES = (*ADVANTAGES, "none")
 GENERATOR_OBJECTIVES = ("dro", "sft", "none")
+SCALES = ("group", "none")
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
-# Settings of TRL that DRO's M-step does not read: another value than this one is refused rather than ignored.
+# Settings of TRL that drorl does not read: another value than this one is refused rather than ignored.
 FIXED = {
     "beta": 0.0,
     "importance_sampling_level": "token",
@@ -24,6 +25,7 @@ FIXED = {
     "off_policy_mask_threshold": None,
     "entropy_coef": 0.0,
     "use_adaptive_entropy": False,
+    "repetition_penalty": 1.0,
     "top_p": 1.0,
     "top_k": 0,
     "min_p": None,
@@ -55,7 +57,7 @@ class DROConfig(GRPOConfig):
             anew each time a query is seen, so that position is no shortcut. `False`: the retriever's order (paper).
         max_passage_tokens (`int`, *optional*): cuts each passage to this many tokens.
         max_prompt_length (`int`, *optional*): window of the selector's prompt, tokens; default: the model's, less
-            `max_completion_length`. Passages are cut to fit, never the query.
+            `max_answer_length`. Passages are cut to fit, never the query.
         max_answer_length (`int`, *optional*, defaults to `32`): tokens that the generator may write in evaluation.
         answer_target (`str`, *optional*, defaults to `"surface"`): which y is scored when there are several gold
             answers. `"first"` (the authors' code), `"surface"` (the form that occurs in the candidates), `"marginal"`
@@ -86,7 +88,8 @@ class DROConfig(GRPOConfig):
         selector_objective (`str`, *optional*, defaults to `"dro"`): `dro`, `grpo`, `rloo` or `none` (frozen selector).
         generator_objective (`str`, *optional*, defaults to `"dro"`): `dro`, `sft` (gold answer from the retriever's
             first K passages) or `none` (frozen generator).
-        baseline (`str`, *optional*, defaults to `"none"`): `none` (paper), `mean` or `leave_one_out`; variance only.
+        baseline (`str`, *optional*, defaults to `"none"`): `none` (paper), `mean` (lowers the
+            variance, keeps the expectation) or `leave_one_out` (`mean` times m/(m-1), RLOO's rule).
         generator_learning_rate (`float`, *optional*): default: `learning_rate`, which is the selector's.
     """
 
@@ -147,6 +150,8 @@ class DROConfig(GRPOConfig):
         _choice("generator_objective", self.generator_objective, GENERATOR_OBJECTIVES)
         _choice("baseline", self.baseline, BASELINES)
         _choice("loss_type", self.loss_type, LOSS_TYPES)
+        # TRL's "batch" spans all processes; a query's samples never leave theirs here.
+        _choice("scale_rewards", {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards), SCALES)
 
     def _check_numbers(self) -> None:
         for name in ("num_candidates", "num_selected", "num_generations"):

@@ -2,18 +2,26 @@
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from rich.console import Console
 from rich.progress import track
 
 from .adapters import GENERATOR
 from .answers import answer_logps, scored_answers
-from .losses import Scores, weigh
+from .errors import InvalidInputError
 from .metrics import contains_answer, exact_match, f1
+from .permutations import Permutation
 from .pipeline import Passage, RAGPipeline
+from .weights import iw_elbo, log_importance_weights
+
+_STDERR = Console(stderr=True)
 
 
 @dataclass(frozen=True)
@@ -60,68 +68,94 @@ def evaluate_rows(
         use_selector (`bool`): `False`: the retriever's first K passages, no selector and no bound.
         batch_size (`int`): answers generated together.
         description (`str`, *optional*): shows a progress bar with this text.
+
+    With several processes each takes its share, and all return all records.
     """
+    state = PartialState()
     rows = list(rows)
-    if description is not None:
-        rows = track(rows, description, transient=True)
+    shard = rows[state.process_index :: state.num_processes]
+    progress = shard if description is None else track(shard, description, transient=True, console=_STDERR)
     records: list[Record] = []
-    pending: list[tuple[Mapping[str, Any], list[int], float, float]] = []
-    for row in rows:
-        pending.append((row, *_select(pipeline, row, answer_target, num_samples, use_selector)))
-        if len(pending) == batch_size:
-            records += _answer(pipeline, pending)
-            pending = []
-    return records + _answer(pipeline, pending)
+    pending: list[_Pending] = []
+    with pipeline.evaluating():
+        for row in progress:
+            pending.append(_select(pipeline, row, answer_target, num_samples, use_selector))
+            if len(pending) == batch_size:
+                records += _answer(pipeline, pending)
+                pending = []
+        records += _answer(pipeline, pending)
+    gathered = [records]
+    if state.num_processes > 1:
+        gathered = gather_object([records])
+    return [gathered[i % state.num_processes][i // state.num_processes] for i in range(len(rows))]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class _Pending:
+    """A question whose passages are chosen and whose answer is not written yet."""
+
+    row: Mapping[str, Any]
+    chosen: list[int]
+    answer_logp: float
+    iw_elbo: float
+
+    @property
+    def passages(self) -> list[Passage]:
+        return [self.row["candidates"][i] for i in self.chosen]
+
+
+def score_permutations(
+    pipeline: RAGPipeline,
+    row: Mapping[str, Any],
+    shown: Sequence[Passage],
+    permutations: Sequence[Permutation],
+    answer_target: str,
+) -> torch.Tensor:
+    """Returns log p_g(y|x,d_z) of each permutation of the candidates as shown, `(m,)`, nats, on the CPU."""
+    prompts = pipeline.generator_prompts
+    contexts = [prompts.generator(row["query"], [shown[i] for i in z]) for z in permutations]
+    targets = scored_answers(row, answer_target, pipeline.settings.num_candidates)
+    return answer_logps(pipeline.role(GENERATOR), contexts, [prompts.answer(a) for a in targets]).cpu()
+
+
 def _select(
     pipeline: RAGPipeline, row: Mapping[str, Any], answer_target: str, num_samples: int, use_selector: bool
-) -> tuple[list[int], float, float]:
-    """Returns the chosen candidates' indices, the answer's log-likelihood given them, and the bound."""
-    settings, prompts = pipeline.settings, pipeline.generator_prompts
-    query, candidates = row["query"], list(row["candidates"])
-    answers = [prompts.answer(a) for a in scored_answers(row, answer_target, settings.num_candidates)]
+) -> _Pending:
+    """Chooses passages for one question, and scores its answer under them."""
+    settings, candidates = pipeline.settings, list(row["candidates"])
     if not use_selector:
-        context = prompts.generator(query, candidates[: settings.num_selected])
-        logps = answer_logps(pipeline.role(GENERATOR), [context], answers)
-        return list(range(settings.num_selected)), float(logps[0]), math.nan
-    shown = pipeline.present(query, candidates)
-    decisions = pipeline.decisions(query, shown)
+        order = tuple(range(settings.num_selected))
+        logps = score_permutations(pipeline, row, candidates, [order], answer_target)
+        return _Pending(row, list(order), float(logps[0]), math.nan)
+    shown = pipeline.present(row["query"], candidates)
+    decisions = pipeline.decisions(row["query"], shown)
     greedy = decisions.greedy()
-    draw = decisions.sample(num_samples, every_first_choice=settings.num_selected == 1)
-    permutations = [greedy, *draw.permutations]
-    selector_logps = decisions.permutation_logps(draw.permutations)[0].sum(dim=-1)
-    contexts = [prompts.generator(query, [shown[i] for i in z]) for z in permutations]
-    logps = answer_logps(pipeline.role(GENERATOR), contexts, answers).cpu()
-    scores = Scores(logps[None, 1:], selector_logps[None], draw.proposal_logps.sum(dim=-1)[None])
-    bound = weigh(scores).metrics["iw_elbo"]
-    return [candidates.index(shown[i]) for i in greedy], float(logps[0]), float(bound)
+    # The same randomness for every system and every time, and none of the training's.
+    generator = torch.Generator().manual_seed(zlib.crc32(row["query"].encode()))
+    draw = decisions.sample(num_samples, every_first_choice=settings.num_selected == 1, generator=generator)
+    logps = score_permutations(pipeline, row, shown, [greedy, *draw.permutations], answer_target)
+    log_ratio = decisions.permutation_logps(draw.permutations)[0].sum(dim=-1) - draw.proposal_logps.sum(dim=-1)
+    bound = iw_elbo(log_importance_weights(logps[1:], log_ratio))
+    return _Pending(row, [candidates.index(shown[i]) for i in greedy], float(logps[0]), float(bound))
 
 
-def _answer(
-    pipeline: RAGPipeline, pending: Sequence[tuple[Mapping[str, Any], list[int], float, float]]
-) -> list[Record]:
+def _answer(pipeline: RAGPipeline, pending: Sequence[_Pending]) -> list[Record]:
     if not pending:
         return []
-    chosen = [[row["candidates"][i] for i in indices] for row, indices, _, _ in pending]
-    contexts = [
-        pipeline.generator_prompts.generator(row["query"], passages)
-        for (row, *_), passages in zip(pending, chosen, strict=True)
-    ]
-    predictions = pipeline.generate(contexts)
+    prompts = pipeline.generator_prompts
+    predictions = pipeline.generate([prompts.generator(p.row["query"], p.passages) for p in pending])
     return [
         Record(
-            query=row["query"],
+            query=p.row["query"],
             prediction=prediction,
-            exact_match=exact_match(prediction, row["answers"]),
-            f1=f1(prediction, row["answers"]),
-            recall=recalls(passages, row["answers"]),
-            answer_logp=logp,
-            iw_elbo=bound,
-            chosen=indices,
+            exact_match=exact_match(prediction, p.row["answers"]),
+            f1=f1(prediction, p.row["answers"]),
+            recall=recalls(p.passages, p.row["answers"]),
+            answer_logp=p.answer_logp,
+            iw_elbo=p.iw_elbo,
+            chosen=p.chosen,
         )
-        for (row, indices, logp, bound), passages, prediction in zip(pending, chosen, predictions, strict=True)
+        for p, prediction in zip(pending, predictions, strict=True)
     ]
 
 
@@ -139,8 +173,20 @@ def per_question(records: Sequence[Record], metric: str) -> list[float]:
 
 
 def aggregate(records: Sequence[Record]) -> dict[str, float]:
-    """Returns the mean of every metric over the questions; metrics that a system does not have are left out."""
+    """Returns the mean of every metric over the questions; metrics that a system does not have are left out.
+
+    Raises:
+        InvalidInputError: if there are no records.
+    """
+    if not records:
+        raise InvalidInputError("there is no question to evaluate on")
     depths = sorted(records[0].recall)
     names = ["exact_match", "f1", *(f"recall@{k}" for k in depths if k in (1, 3, 5)), "answer_logp", "iw_elbo"]
-    means = {name: sum(per_question(records, name)) / len(records) for name in names}
+    means = {name: mean_of_finite(per_question(records, name)) for name in names}
     return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+
+def mean_of_finite(values: Sequence[float]) -> float:
+    """Returns the mean of the finite values, NaN if there are none; -inf would be a question without a likelihood."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

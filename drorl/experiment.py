@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import math
 import platform
 import subprocess
 import sys
@@ -12,21 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 from transformers.trainer_utils import get_last_checkpoint
 
-from .adapters import GENERATOR
-from .answers import answer_logps, scored_answers
+from .adapters import ROLES
 from .config import DROConfig
-from .evaluation import Record, aggregate, evaluate_rows, per_question
-from .losses import Scores, weigh
+from .data.rows import validate_rows
+from .errors import InvalidInputError
+from .evaluation import Record, aggregate, evaluate_rows, per_question, score_permutations
 from .metrics import contains_answer
 from .models import measure_gflops
 from .pipeline import RAGPipeline
 from .statistics import bootstrap_mean, paired_bootstrap
+from .weights import importance_weights, log_importance_weights
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("exact_match", "f1", "recall@1", "answer_logp", "iw_elbo")
 MIN_QUESTIONS = 150
@@ -47,7 +54,7 @@ class Experiment:
     def __init__(self, config: DROConfig, rows: Dataset):
         self.config = config
         self.run_dir = Path(config.output_dir)
-        self.rows = rows
+        self.rows, _ = validate_rows(rows, config.num_selected, require_scores=config.retrieval_prior_weight != 0)
         self.answer_target = config.answer_target
         self.num_samples = config.num_generations
         self.dtype: str | None = None
@@ -68,17 +75,33 @@ class Experiment:
                 150), by this system and by all that follow.
         """
         path = self.run_dir / "records" / f"{name}.json"
+        key = self._key(pipeline, name)
         start = time.monotonic()
-        if path.is_file():
-            records = [Record.from_json(record) for record in json.loads(path.read_text())]
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        if kept.get("key") == key:
+            records, self.seconds[name] = [Record.from_json(r) for r in kept["records"]], kept["seconds"]
         else:
             records = self._evaluate(label, pipeline, use_selector, seconds)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps([dataclasses.asdict(record) for record in records]))
+            self.seconds[name] = time.monotonic() - start
+            kept = {"key": key, "seconds": self.seconds[name], "records": [dataclasses.asdict(r) for r in records]}
+            self._write(path, kept)
         self.rows = self.rows.select(range(len(records)))
-        self.seconds[name] = time.monotonic() - start
         self.systems[name] = (label, records)
         return records
+
+    def _key(self, pipeline: RAGPipeline, name: str) -> dict[str, Any]:
+        """What a system's records depend on; records with another key are not used again."""
+        adapters = {role: float(sum(p.detach().float().norm() for p in pipeline.parameters(role))) for role in ROLES}
+        settings = dataclasses.asdict(pipeline.settings)
+        return {"system": name, "settings": settings, "answer_target": self.answer_target, "adapters": adapters}
+
+    def _write(self, path: Path, content: Any) -> None:
+        """Writes JSON aside and renames it, from the main process alone."""
+        if PartialState().is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".tmp")
+            aside.write_text(json.dumps(content, indent=2, default=str) + "\n")
+            aside.replace(path)
 
     def _evaluate(self, label: str, pipeline: RAGPipeline, use_selector: bool, seconds: float | None) -> list[Record]:
         self.dtype = str(pipeline.model.dtype).removeprefix("torch.")
@@ -86,7 +109,8 @@ class Experiment:
         records: list[Record] = []
         block = 50
         for first in range(0, len(self.rows), block):
-            if deadline is not None and first >= MIN_QUESTIONS and time.monotonic() > deadline:
+            expired = deadline is not None and first >= MIN_QUESTIONS and time.monotonic() > deadline
+            if broadcast_object_list([expired])[0]:
                 break
             part = self.rows.select(range(first, min(first + block, len(self.rows))))
             text = f"{label}: questions {first + 1}-{first + len(part)} of {len(self.rows)}"
@@ -100,18 +124,15 @@ class Experiment:
         _, records = self.systems[name]
         return [self._example(pipeline, self.rows[i], records[i]) for i in _instructive(self.rows, records, count)]
 
-    @torch.no_grad()
     def _example(self, pipeline: RAGPipeline, row: Mapping[str, Any], record: Record) -> dict[str, Any]:
-        settings, prompts = pipeline.settings, pipeline.generator_prompts
-        candidates = row["candidates"][: settings.num_candidates]
+        candidates = row["candidates"][: pipeline.settings.num_candidates]
         shown = pipeline.present(row["query"], candidates)
-        decisions = pipeline.decisions(row["query"], shown)
-        draw = decisions.sample(len(shown), every_first_choice=True)
-        contexts = [prompts.generator(row["query"], [shown[i] for i in z]) for z in draw.permutations]
-        answers = [prompts.answer(a) for a in scored_answers(row, self.answer_target, settings.num_candidates)]
-        logps = answer_logps(pipeline.role(GENERATOR), contexts, answers).cpu()
-        selector_logps = decisions.permutation_logps(draw.permutations)[0].sum(dim=-1)
-        weights = weigh(Scores(logps[None], selector_logps[None], draw.proposal_logps.sum(dim=-1)[None]))
+        with pipeline.evaluating():
+            decisions = pipeline.decisions(row["query"], shown)
+            draw = decisions.sample(len(shown), every_first_choice=True)
+            logps = score_permutations(pipeline, row, shown, draw.permutations, self.answer_target)
+            log_ratio = decisions.permutation_logps(draw.permutations)[0].sum(-1) - draw.proposal_logps.sum(-1)
+        weights = importance_weights(log_importance_weights(logps, log_ratio))
         order = [candidates.index(passage) for passage in shown]
         place = [order.index(i) for i in range(len(order))]
         return {
@@ -125,7 +146,7 @@ class Experiment:
             "answer": record.prediction,
             "probabilities": decisions.logps([()])[0].exp()[place].tolist(),
             "permutations": [[order[i] for i in draw.permutations[p]] for p in place],
-            "importance_weights": weights.importance_weights[0][place].tolist(),
+            "importance_weights": weights[place].tolist(),
         }
 
     def write(
@@ -157,15 +178,10 @@ class Experiment:
             "systems": systems,
             "warmup": systems[before],
             "dro": systems[after],
-            "delta": {
-                metric: dataclasses.asdict(
-                    paired_bootstrap(per_question(pair[0], metric), per_question(pair[1], metric))
-                )
-                for metric in METRICS
-            },
+            "delta": {metric: _difference(*pair, metric) for metric in METRICS},
         }
         for name, content in (("summary", summary), ("log_history", log_history), ("examples", examples)):
-            (self.run_dir / f"{name}.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+            self._write(self.run_dir / f"{name}.json", content)
         return summary
 
 
@@ -175,11 +191,13 @@ def warmup_config(config: DROConfig, num_queries: int, learning_rate: float) -> 
     It is DRO with one sample, the retriever's order, whose weight is 1: the selector learns to write that order, the
     generator to answer from its first K passages. No gold passage is used, so nothing leaks.
     """
-    queries_per_step = min(8, num_queries)
+    queries_per_step = min(8, num_queries)  # on each process
     return dataclasses.replace(
         config,
         output_dir=str(Path(config.output_dir) / "warmup"),
         proposal="retriever",
+        proposal_temperature=1.0,
+        constrained=True,
         selector_objective="dro",
         generator_objective="dro",
         baseline="none",
@@ -189,7 +207,7 @@ def warmup_config(config: DROConfig, num_queries: int, learning_rate: float) -> 
         gradient_accumulation_steps=1,
         generation_batch_size=None,
         steps_per_generation=None,
-        max_steps=-(-num_queries // queries_per_step),
+        max_steps=-(-num_queries // (queries_per_step * config.world_size)),
         learning_rate=learning_rate,
         generator_learning_rate=None,
         eval_strategy="no",
@@ -202,15 +220,24 @@ def last_checkpoint(config: DROConfig) -> str | None:
     """Returns the checkpoint to resume from: `resume_from_checkpoint`, where `last` stands for the newest in the run.
 
     Raises:
-        FileNotFoundError: if it does not exist.
+        InvalidInputError: if it does not exist.
     """
     wanted = config.resume_from_checkpoint
     if wanted is None:
         return None
     found = get_last_checkpoint(config.output_dir) if wanted == "last" and Path(config.output_dir).is_dir() else wanted
     if found is None or not Path(found).is_dir():
-        raise FileNotFoundError(f"there is no checkpoint {wanted!r} in {config.output_dir} to resume from")
+        raise InvalidInputError(f"there is no checkpoint {wanted!r} in {config.output_dir} to resume from")
     return found
+
+
+def set_aside(run_dir: Path) -> None:
+    """Renames the directory of an earlier run, so that a new one neither mixes with it nor deletes it."""
+    if PartialState().is_main_process and (run_dir / "records").is_dir():
+        aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        run_dir.rename(aside)
+        logger.warning("the earlier run in %s is now %s", run_dir, aside)
+    PartialState().wait_for_everyone()
 
 
 def machine() -> dict[str, Any]:
@@ -259,9 +286,18 @@ def _commit() -> str | None:
     return result.stdout.strip() or None
 
 
+def _difference(before: Sequence[Record], after: Sequence[Record], metric: str) -> dict[str, Any]:
+    """Returns the paired bootstrap of one metric over the questions for which both systems have a finite value."""
+    values = zip(per_question(before, metric), per_question(after, metric), strict=True)
+    pairs = [pair for pair in values if all(map(math.isfinite, pair))]
+    interval = paired_bootstrap([a for a, _ in pairs], [b for _, b in pairs])
+    return {**dataclasses.asdict(interval), "n": len(pairs)}
+
+
 def _describe(records: Sequence[Record]) -> dict[str, Any]:
     means = aggregate(records)
-    intervals = {name: bootstrap_mean(per_question(records, name)).ci95 for name in METRICS if name in means}
+    finite = {name: [v for v in per_question(records, name) if math.isfinite(v)] for name in METRICS if name in means}
+    intervals = {name: bootstrap_mean(values).ci95 for name, values in finite.items()}
     return {**{name: means.get(name) for name in METRICS}, "ci95": intervals}
 
 

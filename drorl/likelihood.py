@@ -89,6 +89,8 @@ def tree_logits(model: nn.Module, tree: TokenTree, nodes: Sequence[int]) -> torc
 
 def _check_window(model: nn.Module, length: int) -> None:
     config = next(m for m in model.modules() if isinstance(m, PreTrainedModel)).config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"attn_implementation={config._attn_implementation!r} takes no tree mask: use sdpa or eager")
     window = getattr(config, "sliding_window", None)
     if window is not None and length > window:
         raise ValueError(

@@ -50,7 +50,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A scalar loss, summed over this call's queries as its docstring says, and detached scalars to log."""
+    """A scalar loss, averaged over this call's queries, and scalars to log."""
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Weighting:
-    """The E-step's result: what each sampled permutation is worth to either model. All `(B, m)`, no gradient."""
+    """What each sampled permutation is worth to either model. All `(B, m)`, no gradient."""
 
     importance_weights: torch.Tensor
     advantages: torch.Tensor
@@ -86,14 +86,13 @@ def grpo_advantages(scores: Scores, weights: torch.Tensor, scale_rewards: str = 
     r"""Returns $(r_i - \bar r) / (\sigma_r + 10^{-4})$ with the answer's log-likelihood as reward r, `(B, m)`.
 
     As in TRL's `GRPOTrainer` (https://huggingface.co/papers/2402.03300, Eq. 3): unbiased standard deviation,
-    `scale_rewards` in {`group`, `batch`, `none`}. An invalid sample has advantage 0 and does not enter the statistics.
+    `scale_rewards` in {`group`, `none`}. An invalid sample has advantage 0 and does not enter the statistics.
     """
     rewards = scores.generator_logps.masked_fill(~scores.valid, torch.nan)
     centred = rewards - rewards.nanmean(dim=-1, keepdim=True)
     if scale_rewards != "none":
-        deviations = centred if scale_rewards == "group" else (rewards - rewards.nanmean()).view(1, -1)
-        count = (~deviations.isnan()).sum(dim=-1, keepdim=True)
-        std = (deviations.square().nansum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        count = (~centred.isnan()).sum(dim=-1, keepdim=True)
+        std = (centred.square().nansum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
         centred = centred / (std + 1e-4)
     return centred.nan_to_num(0.0)
 
@@ -120,7 +119,7 @@ def weigh(
     baseline: str = "none",
     scale_rewards: str = "group",
 ) -> Weighting:
-    """Returns the weights and advantages of the sampled permutations (the E-step), and their diagnostics.
+    """Returns the weights and advantages of the sampled permutations, and their diagnostics.
 
     Args:
         scores ([`Scores`]): both models' log-probabilities, each of shape `(B, m)`.

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from drorl.data import packages
+from drorl.errors import InvalidInputError
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def resolve_model(name_or_path: str) -> str:
         return str(build_smollm2())
     folder = Path(name_or_path)
     if (folder / "config.json").is_file() and not any(folder.glob("tokenizer*")):
-        raise ValueError(
+        raise InvalidInputError(
             f"{name_or_path} holds a model but no tokenizer. Save it there too: "
             f"`tokenizer.save_pretrained({name_or_path!r})`."
         )
@@ -120,7 +121,7 @@ class DtypeChoice:
     gflops: dict[str, float] = field(default_factory=dict)
 
 
-def choose_dtype(dtype: str, device: torch.device | str | None = None) -> DtypeChoice:
+def choose_dtype(dtype: str | torch.dtype, device: torch.device | str | None = None) -> DtypeChoice:
     """The data type a setting stands for; `"auto"` takes bf16 where it is supported and pays.
 
     CPUs differ by three orders of magnitude here: with AMX, bf16 is several times faster than fp32, without it up to
@@ -134,6 +135,8 @@ def choose_dtype(dtype: str, device: torch.device | str | None = None) -> DtypeC
     Raises:
         ValueError: `dtype` names no floating-point type of torch.
     """
+    if isinstance(dtype, torch.dtype):
+        return DtypeChoice(dtype)
     if dtype != "auto":
         chosen = getattr(torch, dtype.removeprefix("torch."), None)
         if not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
@@ -184,7 +187,7 @@ def measure_gflops(dtype: torch.dtype, at_least: float = 0.0, clock: Callable[[]
 
 def load_model_and_tokenizer(
     name_or_path: str,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
@@ -193,7 +196,7 @@ def load_model_and_tokenizer(
 
     Args:
         name_or_path (`str`): the alias `"smollm2-135m"`, a folder, or a name on the hub.
-        dtype (`str`): see [`choose_dtype`].
+        dtype (`str` or `torch.dtype`): see [`choose_dtype`].
         device (`torch.device` or `str`, *optional*): where the model is put; by default it stays where it was loaded,
             for a trainer to place it.
         trust_remote_code (`bool`): run code that comes with the model.
@@ -211,4 +214,5 @@ def load_model_and_tokenizer(
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    model.name_or_path = name_or_path  # the alias, not its place in this machine's cache
     return model if device is None else model.to(device), tokenizer

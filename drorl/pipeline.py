@@ -16,10 +16,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .adapters import GENERATOR, SELECTOR, activate, trainable_roles
+from .adapters import GENERATOR, SELECTOR, activate, adapter_parameters, trainable_roles
+from .data.rows import RowError
 from .models import load_model_and_tokenizer
 from .policy import Decisions, SelectorPolicy
-from .prompts import PromptBuilder
+from .prompts import PromptBuilder, PromptTooLongError
 
 SETTINGS_FILE = "drorl.json"
 Passage = Mapping[str, Any]
@@ -38,6 +39,7 @@ class PipelineSettings:
     max_passage_tokens: int | None = None
     max_prompt_length: int | None = None
     max_answer_length: int = 32
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -96,8 +98,9 @@ class RAGPipeline:
         window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         room = None if window is None else window - s.max_answer_length
         lengths = [length for length in (s.max_prompt_length, room) if length is not None]
+        limit = min(lengths, default=None)
         return PromptBuilder(
-            tokenizer, s.identifiers, s.num_selected, s.max_passage_tokens, min(lengths, default=None)
+            tokenizer, s.identifiers, s.num_selected, s.max_passage_tokens, limit, s.chat_template_kwargs
         )
 
     @classmethod
@@ -118,7 +121,8 @@ class RAGPipeline:
         if saved["generator_base_model"] is None:
             model.load_adapter(run_dir / GENERATOR, adapter_name=GENERATOR)
         else:
-            base, generator_tokenizer = load_model_and_tokenizer(saved["generator_base_model"], dtype=dtype)
+            base, _ = load_model_and_tokenizer(saved["generator_base_model"], dtype=dtype)
+            generator_tokenizer = AutoTokenizer.from_pretrained(run_dir / GENERATOR, padding_side="left")
             generator_model = PeftModel.from_pretrained(base, run_dir / GENERATOR, adapter_name=GENERATOR)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         for module in filter(None, (model, generator_model)):
@@ -133,6 +137,8 @@ class RAGPipeline:
         if self.generator_model is not None:
             self.generator_model.save_pretrained(run_dir, selected_adapters=[GENERATOR])
         self.tokenizer.save_pretrained(run_dir)
+        if self.generator_model is not None:
+            self.generator_tokenizer.save_pretrained(run_dir / GENERATOR)
         saved = {
             "base_model": self.model.get_base_model().name_or_path,
             "generator_base_model": self.generator_model and self.generator_model.get_base_model().name_or_path,
@@ -142,9 +148,17 @@ class RAGPipeline:
 
     def role(self, role: str) -> PeftModel:
         """Returns the model of `selector` or `generator`, its adapter active."""
-        model = self.generator_model if role == GENERATOR and self.generator_model is not None else self.model
+        model = self.owner(role)
         activate(model, role)
         return model
+
+    def owner(self, role: str) -> PeftModel:
+        """Returns the model that carries the adapter of `role`."""
+        return self.generator_model if role == GENERATOR and self.generator_model is not None else self.model
+
+    def parameters(self, role: str) -> list[torch.nn.Parameter]:
+        """The adapter's parameters of one role."""
+        return list(adapter_parameters(self.owner(role), role).values())
 
     @contextmanager
     def without_adapters(self) -> Generator[None]:
@@ -153,6 +167,37 @@ class RAGPipeline:
             for model in filter(None, (self.model, self.generator_model)):
                 stack.enter_context(model.disable_adapter())
             yield
+
+    @contextmanager
+    def evaluating(self) -> Generator[None]:
+        """No gradient and no dropout; both models go back to their modes afterwards."""
+        modules = [m for m in (self.model, self.generator_model) if m is not None]
+        modes = [m.training for m in modules]
+        for module in modules:
+            module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.train(mode)
+
+    def check_length(self, index: int, query: str, candidates: Sequence[Passage]) -> None:
+        """Checks that the prompts of row `index` fit into the window when passages are cut.
+
+        Raises:
+            RowError: if they do not, though every passage were cut to one token.
+        """
+        titles = [{"title": c["title"], "text": "."} for c in candidates[: self.settings.num_candidates]]
+        limit = self.prompts.max_prompt_tokens
+        # A token has at least a byte (each title stands twice), so most rows are known to fit without tokenizing them.
+        size = 2 * len(query.encode()) + sum(2 * len(c["title"].encode()) + 32 for c in titles) + 1024
+        if limit is None or size < limit:
+            return
+        try:
+            self.prompts.selector(query, titles)
+        except PromptTooLongError as error:
+            raise RowError(index, "query", str(error)) from error
 
     def present(self, query: str, candidates: Sequence[Passage], seed: int | str = 0) -> list[Passage]:
         """Returns the first N candidates as the prompt shows them; a shuffle depends on `seed` and the query alone."""

@@ -136,7 +136,13 @@ class Decisions:
         prefixes = prefixes_of(permutations)
         return gather_decisions(self.logps(prefixes), prefixes, permutations)
 
-    def sample(self, num_generations: int, temperature: float = 1.0, every_first_choice: bool = False) -> Draw:
+    def sample(
+        self,
+        num_generations: int,
+        temperature: float = 1.0,
+        every_first_choice: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Draw:
         """Draws permutations, one decision at a time for all of them together.
 
         Args:
@@ -144,6 +150,7 @@ class Decisions:
             temperature (`float`): `proposal_temperature`, q_t is proportional to p_s^(1/temperature).
             every_first_choice (`bool`): takes each candidate once as first choice, q(z_1) = 1/N, and samples the rest:
                 the exact expectation over first choices, and for K = 1 over permutations.
+            generator (`torch.Generator`, *optional*): source of randomness; default: torch's own.
         """
         slate = self.prompt.slate
         count = slate.num_candidates if every_first_choice else num_generations
@@ -155,7 +162,7 @@ class Decisions:
                 proposal_logps.append(torch.full((count, 1), -math.log(count)))
             else:
                 logps = torch.log_softmax(self.logps(permutations) / temperature, dim=-1)
-                choices = torch.multinomial(logps.exp(), 1)
+                choices = torch.multinomial(logps.exp(), 1, generator=generator)
                 proposal_logps.append(logps.gather(1, choices))
             permutations = [(*z, int(i)) for z, i in zip(permutations, choices, strict=True)]
         return Draw(permutations, torch.cat(proposal_logps, dim=1))

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .errors import InvalidInputError
 from .permutations import Slate, identifier_texts
 
 Passage = Mapping[str, Any]
@@ -31,7 +32,7 @@ GENERATOR_TAIL = "Answer:"
 _CONTENT = "\ue000"  # private use: stands for the message while the chat template is rendered around it
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(InvalidInputError):
     """A query does not fit into the context window even with every passage cut to nothing."""
 
 
@@ -55,6 +56,7 @@ class PromptBuilder:
         max_passage_tokens (`int`, *optional*): each passage is cut to this many tokens.
         max_prompt_tokens (`int`, *optional*): what the generator's prompt, and the selector's with its permutation,
             may take of the context window.
+        chat_template_kwargs (mapping, *optional*): for the chat template, as TRL's setting of that name.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class PromptBuilder:
         num_selected: int = 5,
         max_passage_tokens: int | None = None,
         max_prompt_tokens: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token, so an answer could never end")
@@ -72,6 +75,7 @@ class PromptBuilder:
         self.num_selected = num_selected
         self.max_passage_tokens = max_passage_tokens
         self.max_prompt_tokens = max_prompt_tokens
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.num_passages = 0
         self.num_truncated_passages = 0
         self._before, self._after = self._frame()
@@ -88,7 +92,10 @@ class PromptBuilder:
             bos = self.tokenizer.bos_token_id
             return ([] if bos is None else [bos]), self._encode("\n")
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _CONTENT}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": _CONTENT}],
+            tokenize=False,
+            add_generation_prompt=True,
+            **self.chat_template_kwargs,
         )
         before, after = text.split(_CONTENT)
         encode = self.tokenizer
@@ -102,7 +109,8 @@ class PromptBuilder:
         if self.tokenizer.chat_template is None:
             return self.tokenizer.eos_token_id
         turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": _CONTENT}]
-        after = self.tokenizer.apply_chat_template(turns, tokenize=False).split(_CONTENT)[1]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, **self.chat_template_kwargs)
+        after = text.split(_CONTENT)[1]
         ids = self.tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
         return ids[0] if ids and ids[0] in self.tokenizer.all_special_ids else self.tokenizer.eos_token_id
 

@@ -1,5 +1,6 @@
 """The generator's answer likelihood as an ordinary TRL reward function."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,4 +77,5 @@ class AnswerLikelihoodReward:
             return None
         context = self.prompts.generator(query, [candidates[i] for i in permutation])
         targets = scored_answers({"answers": answers, "candidates": candidates}, self.answer_target, len(candidates))
-        return float(answer_logps(self.model, [context], [self.prompts.answer(a) for a in targets])[0])
+        reward = float(answer_logps(self.model, [context], [self.prompts.answer(a) for a in targets])[0])
+        return reward if math.isfinite(reward) else None

@@ -38,8 +38,8 @@ class Rollout:
     """(m, T): log p_s when the permutations were drawn, nats."""
     contexts: list[list[int] | None]
     """m: the generator's prompt for each permutation."""
-    supervised_context: list[int]
-    """The generator's prompt over the retriever's first K passages."""
+    supervised_context: list[int] | None
+    """The generator's prompt over the retriever's first K passages, when `sft` needs it."""
     answers: list[list[int]]
     """The tokenized gold answers that are scored."""
     valid_rate: float = 1.0
@@ -130,9 +130,12 @@ def _generator_inputs(
 ) -> dict[str, Any]:
     """Returns what the generator reads under each permutation, and what it is to answer."""
     prompts, query = pipeline.generator_prompts, row["query"]
+    supervised = None
+    if config.generator_objective == "sft":
+        supervised = prompts.generator(query, row["candidates"][: config.num_selected])
     return {
         "contexts": [None if z is None else prompts.generator(query, [shown[i] for i in z]) for z in permutations],
-        "supervised_context": prompts.generator(query, row["candidates"][: config.num_selected]),
+        "supervised_context": supervised,
         "answers": [prompts.answer(a) for a in scored_answers(row, config.answer_target, config.num_candidates)],
     }
 

@@ -8,7 +8,7 @@ One optimization step is
                                                 generator (Eq. 11) from the same pass, then the selector (Eq. 10)
 
 Differences from the paper (https://huggingface.co/papers/2505.03075): both steps alternate per batch, as in TRL,
-instead of once per pass over the data (`steps_per_generation` moves towards the paper); adapters instead of full
+instead of once per pass over the data, and the weights follow both models as they move; adapters instead of full
 models; the policy is constrained to valid permutations unless `constrained=False`.
 
 Shapes: B queries, m permutations of each, K chosen, T decisions (constrained: K) or tokens (free text).
@@ -20,25 +20,25 @@ from itertools import chain
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .adapters import (
     GENERATOR,
     ROLES,
     SELECTOR,
-    activate,
-    adapter_parameters,
     load_with_adapters,
 )
 from .answers import answer_logps
 from .checkpoints import AtomicCheckpoints
 from .config import DROConfig
 from .data.rows import validate_rows
+from .errors import InvalidInputError
 from .evaluation import Record, aggregate, evaluate_rows
 from .losses import LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
 from .pipeline import Passage, PipelineSettings, RAGPipeline
@@ -62,8 +62,12 @@ OVERRIDDEN_TRL_HOOKS = {
 USED_TRL_HOOKS = {"_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations")}
 
 
+SUPPORTED_ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+logger = logging.get_logger(__name__)
+
+
 def _no_reward(*_: Any, **__: Any) -> list[float]:
-    raise NotImplementedError("DROTrainer computes its reward in the E-step; TRL must not ask for it")
+    raise NotImplementedError("DROTrainer computes its reward in the M-step; TRL must not ask for it")
 
 
 class DROTrainer(AtomicCheckpoints, GRPOTrainer):
@@ -84,13 +88,6 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
         generator_processing_class (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
         peft_config (`LoraConfig`, *optional*): default: rank 16, alpha 32, all linear layers.
         callbacks, optimizers: as in `transformers.Trainer`.
-
-    Example:
-
-    ```python
-    trainer = DROTrainer("Qwen/Qwen3-0.6B", DROConfig("outputs/run"), train_dataset=rows)
-    trainer.train()
-    ```
     """
 
     _tag_names = ["trl", "dro", "drorl"]
@@ -140,7 +137,14 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.accelerator.distributed_type not in SUPPORTED_ENGINES:
+            raise ValueError(f"{self.accelerator.distributed_type} is not supported: drorl averages gradients itself")
         if generator_model is not None:
+            if generator_processing_class is None and generator_tokenizer is None:
+                raise ValueError("generator_model is an object: pass its tokenizer as generator_processing_class")
+            if args.gradient_checkpointing:  # the Trainer does this for `model` only
+                generator_model.enable_input_require_grads()
+                generator_model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
             generator_model = self.accelerator.unwrap_model(self.accelerator.prepare_model(generator_model))
         self.pipeline = RAGPipeline(
             self.model,
@@ -152,7 +156,11 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
         self.last_records: list[Record] = []
         needed = args.generation_batch_size // args.num_generations
         if len(self.train_dataset) < needed:
-            raise ValueError(f"one step takes {needed} queries, but train_dataset has {len(self.train_dataset)} rows")
+            raise InvalidInputError(
+                f"one step takes {needed} queries, but train_dataset has {len(self.train_dataset)} rows"
+            )
+        for index, row in enumerate(self.train_dataset):
+            self.pipeline.check_length(index, row["query"], row["candidates"])
 
     @staticmethod
     def _rows(rows: Dataset | Sequence[Mapping[str, Any]], args: DROConfig) -> Dataset:
@@ -188,16 +196,12 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
         return [texts[i : i + m] for i in range(0, len(texts), m)]
 
     def _log_rollouts(self, rollouts: list[Rollout]) -> None:
-        prompts = self.pipeline.prompts
-        self._log_means(
-            {
-                "permutations/unique_ratio": torch.tensor([r.unique_ratio for r in rollouts]).mean(),
-                "permutations/valid_rate": torch.tensor([r.valid_rate for r in rollouts]).mean(),
-                "passages/truncated_ratio": torch.tensor(
-                    prompts.num_truncated_passages / max(prompts.num_passages, 1)
-                ),
-            }
-        )
+        metrics = {
+            "permutations/unique_ratio": [r.unique_ratio for r in rollouts],
+            "permutations/valid_rate": [r.valid_rate for r in rollouts],
+            "passages/truncated_ratio": [self.pipeline.prompts.truncated_ratio],
+        }
+        self._log_means({name: torch.tensor(values).mean() for name, values in metrics.items()})
 
     # --------------------------------------------------------------------------------------------------------- M-step
     def training_step(
@@ -207,6 +211,8 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
 
         DDP cannot do that: it expects one forward and one backward pass, here are two of each. So the bare models run.
         """
+        if self.pipeline.generator_model is not None:
+            self.pipeline.generator_model.train()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
             for p in chain.from_iterable(self._trained_parameters().values()):
@@ -220,68 +226,63 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
         forward pass begins: their graphs never coexist, and gradient checkpointing, which recomputes with whatever
         adapter is active during backward, recomputes each role under its own.
         """
-        model = self.accelerator.unwrap_model(model)
         args, rollouts = self.args, inputs["rollouts"]
         train_selector, train_generator = args.selector_objective != "none", args.generator_objective != "none"
-        selector_logps = self._selector_logps_now(model, rollouts)
+        selector_logps = self._selector_logps_now(rollouts)
         with torch.set_grad_enabled(torch.is_grad_enabled() and args.generator_objective == "dro"):
-            generator_logps = self._generator_logps(model, rollouts)
+            generator_logps = self._generator_logps(rollouts)
         weighting = self._weigh(rollouts, selector_logps, generator_logps.detach())
         metrics = dict(weighting.metrics)
         loss = torch.zeros((), device=self.accelerator.device)
         if train_generator:
-            output = self._generator_loss(model, rollouts, generator_logps, weighting)
+            output = self._generator_loss(rollouts, generator_logps, weighting)
             metrics |= {"generator/loss": output.loss, **output.metrics}
             loss = output.loss / self.current_gradient_accumulation_steps + self._touch(GENERATOR)
             if train_selector and torch.is_grad_enabled():
                 self.accelerator.backward(loss)
                 loss = loss.detach()
         if train_selector:
-            output = self._selector_loss(model, rollouts, weighting, inputs["num_items_in_batch"])
+            output = self._selector_loss(rollouts, weighting, inputs["num_items_in_batch"])
             metrics |= {"selector/loss": output.loss, **output.metrics}
             loss = loss + output.loss / self.current_gradient_accumulation_steps
         self._log_means(metrics)
         return loss
 
-    def _generator_logps(self, model: nn.Module, rollouts: list[Rollout]) -> torch.Tensor:
+    def _generator_logps(self, rollouts: list[Rollout]) -> torch.Tensor:
         """Returns log p_g(y|x,d_z), `(B, m)`; `-inf` where there is no permutation."""
-        generator = self._generator(model)
-        return stack(
-            [without_nan(answer_logps(generator, r.contexts, r.answers)) for r in rollouts], self.accelerator.device
-        )
-
-    def _generator(self, model: nn.Module) -> nn.Module:
-        generator = model if self.pipeline.generator_model is None else self.pipeline.generator_model
-        activate(generator, GENERATOR)
-        return generator
+        generator = self.pipeline.role(GENERATOR)
+        scored = [answer_logps(generator, r.contexts, r.answers) for r in rollouts]
+        return stack([without_nan(logps) for logps in scored], self.args.device)
 
     def _generator_loss(
-        self, model: nn.Module, rollouts: list[Rollout], generator_logps: torch.Tensor, weighting: Weighting
+        self, rollouts: list[Rollout], generator_logps: torch.Tensor, weighting: Weighting
     ) -> LossOutput:
         if self.args.generator_objective == "dro":
             return weighted_mle_loss(generator_logps, weighting.importance_weights)
-        generator = self._generator(model)
-        logps = torch.stack(
-            [without_nan(answer_logps(generator, [r.supervised_context], r.answers)) for r in rollouts]
-        )
+        generator = self.pipeline.role(GENERATOR)
+        scored = [answer_logps(generator, [r.supervised_context], r.answers) for r in rollouts]
+        logps = stack([without_nan(logps) for logps in scored], self.args.device)
         return weighted_mle_loss(logps, logps.isfinite().to(logps.dtype))
 
-    def _selector_logps_now(self, model: nn.Module, rollouts: list[Rollout]) -> torch.Tensor:
+    @property
+    def _on_policy(self) -> bool:
+        """Whether the selector has not moved since it drew what it is trained on; TRL's condition."""
+        args = self.args
+        return args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) == 0
+
+    def _selector_logps_now(self, rollouts: list[Rollout]) -> torch.Tensor:
         """Returns log p_s(z|x,d) under the current selector without gradient, `(B, m)`.
 
         On-policy these are the E-step's. Otherwise the selector has moved since, and the weights follow it.
         """
-        on_policy = (
-            self.num_iterations == 1 and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
-        )
-        if on_policy or self.args.selector_objective == "none":
+        if self._on_policy or self.args.selector_objective == "none":
             return sum_over_tokens(stack([r.old_selector_logps for r in rollouts], self.args.device))
         with torch.no_grad():
-            return sum_over_tokens(self._selector_logps(model, rollouts)[0])
+            return sum_over_tokens(self._selector_logps(rollouts)[0])
 
-    def _selector_logps(self, model: nn.Module, rollouts: list[Rollout]) -> tuple[torch.Tensor, dict]:
+    def _selector_logps(self, rollouts: list[Rollout]) -> tuple[torch.Tensor, dict]:
         """Returns log p_s of each decision or token, `(B, m, T)`, `-inf` in the padding, and metrics."""
-        activate(model, SELECTOR)
+        model = self.pipeline.role(SELECTOR)
         if not self.args.constrained:
             logps = [text_logps(model, r.prompt, r.completion_ids or [], self.temperature) for r in rollouts]
             return stack(logps, self.args.device), {}
@@ -290,10 +291,8 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
         entropy = torch.stack([entropies.mean() for _, entropies in scored]).mean()
         return stack([logps for logps, _ in scored], self.args.device), {"selector/entropy": entropy}
 
-    def _selector_loss(
-        self, model: nn.Module, rollouts: list[Rollout], weighting: Weighting, num_items: torch.Tensor
-    ) -> LossOutput:
-        token_logps, metrics = self._selector_logps(model, rollouts)
+    def _selector_loss(self, rollouts: list[Rollout], weighting: Weighting, num_items: torch.Tensor) -> LossOutput:
+        token_logps, metrics = self._selector_logps(rollouts)
         if self.args.selector_objective == "dro":
             output = weighted_mle_loss(sum_over_tokens(token_logps), weighting.advantages)
         else:
@@ -304,7 +303,9 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
         self, token_logps: torch.Tensor, rollouts: list[Rollout], weighting: Weighting, num_items: torch.Tensor
     ) -> LossOutput:
         mask = token_logps.isfinite()
-        old = stack([r.old_selector_logps for r in rollouts], self.args.device)
+        old = token_logps.detach()  # on-policy the ratio is exactly 1, as in TRL
+        if not self._on_policy:
+            old = stack([r.old_selector_logps for r in rollouts], self.args.device)
         return clipped_surrogate_loss(
             token_logps.masked_fill(~mask, 0.0),
             old.masked_fill(~mask, 0.0),
@@ -325,7 +326,10 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
         proposal_logps = sum_over_tokens(stack([r.proposal_logps for r in rollouts], self.args.device))
         scores = Scores(generator_logps, selector_logps, proposal_logps)
         objective = "dro" if args.selector_objective == "none" else args.selector_objective
-        return weigh(scores, objective, args.weight_temperature, args.baseline, args.scale_rewards)
+        weighting = weigh(scores, objective, args.weight_temperature, args.baseline, args.scale_rewards)
+        if skipped := int((~scores.valid.any(dim=-1)).sum()):
+            logger.warning(f"{skipped} queries skipped: no sample of theirs has a finite answer likelihood")
+        return weighting
 
     def _touch(self, role: str) -> torch.Tensor:
         """A zero that depends on the role's adapter: a loss keeps its graph though no sample is valid."""
@@ -352,33 +356,22 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
         rows = self.eval_dataset if eval_dataset is None else self._rows(eval_dataset, self.args)
         if rows is None:
             raise ValueError("evaluate() needs an eval_dataset")
-        was_training = self.model.training
-        self.model.eval()
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        shard = rows.select(range(rank, len(rows), world))
-        records = evaluate_rows(
-            self.pipeline, shard, answer_target=self.args.answer_target, num_samples=self.args.num_generations
+        mode = "train" if self.model.training else "eval"
+        self.model.eval()  # `log` names the metrics after the mode
+        self.last_records = evaluate_rows(
+            self.pipeline, rows, answer_target=self.args.answer_target, num_samples=self.args.num_generations
         )
-        gathered = gather_object([list(zip(range(rank, len(rows), world), records, strict=True))])
-        self.last_records = [
-            record for _, record in sorted((p for part in gathered for p in part), key=lambda p: p[0])
-        ]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in aggregate(self.last_records).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.model.train(was_training)
+        self.model.train(mode == "train")
         return metrics
 
     # ------------------------------------------------------------------------------------------ optimizer, checkpoints
     def _trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Returns the parameters of each role that is trained."""
-        roles = {}
-        if self.args.selector_objective != "none":
-            roles[SELECTOR] = list(adapter_parameters(self.model, SELECTOR).values())
-        if self.args.generator_objective != "none":
-            owner = self.pipeline.generator_model or self.model
-            roles[GENERATOR] = list(adapter_parameters(owner, GENERATOR).values())
-        return roles
+        objectives = {SELECTOR: self.args.selector_objective, GENERATOR: self.args.generator_objective}
+        return {role: self.pipeline.parameters(role) for role, objective in objectives.items() if objective != "none"}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates the optimizer with one parameter group per trained role, each with its own learning rate."""
@@ -394,14 +387,13 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
                 for role, parameters in self._trained_parameters().items()
             ]
             self.optimizer = optimizer_cls(groups, **kwargs)
-            # The Trainer zeroes the gradients of `self.model` only; a separate generator is not part of it.
-            self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+        # The Trainer zeroes the gradients of `self.model` only; a separate generator is not part of it.
+        self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Clips each role by itself, so that one's large gradient does not shrink the other's."""
-        norms = [
-            self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
-            for parameters in self._trained_parameters().values()
-        ]
-        return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
+        self.accelerator.unscale_gradients()
+        roles = self._trained_parameters().values()
+        norms = [nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm) for parameters in roles]
+        return torch.stack(norms).norm()

@@ -18,7 +18,6 @@ retriever's order instead of RankZephyr's rankings.
 """
 
 import logging
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from pathlib import Path
 from trl import TrlParser
 
 from drorl import DROConfig
+from drorl.errors import UserError
 
 logger = logging.getLogger("drorl.recipe")
 
@@ -54,6 +54,11 @@ class ScriptArguments:
     def __post_init__(self) -> None:
         if self.model_name_or_path is None:
             raise ValueError("model_name_or_path is not set; use smollm2-135m, a folder or a name on the hub")
+        if any((self.train_file, self.validation_file, self.test_file)):
+            if not (self.train_file and self.test_file):
+                raise ValueError("train_file and test_file belong together; without any file VitalQA is used")
+            if self.em_patience is not None and self.validation_file is None:
+                raise ValueError("em_patience needs a validation_file")
 
 
 def load_data(script: ScriptArguments):
@@ -101,26 +106,21 @@ def main(script: ScriptArguments, config: DROConfig) -> int:
     start = time.monotonic()
     import torch
     from rich.console import Console
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, ProgressCallback
 
     from drorl import DROTrainer
     from drorl.callbacks import EMIterationCallback, InterruptCallback, RichProgressCallback, TimeBudgetCallback
-    from drorl.experiment import Experiment, before_after, example_table, last_checkpoint, warmup_config
+    from drorl.experiment import Experiment, before_after, example_table, last_checkpoint, set_aside, warmup_config
     from drorl.report import summary_table, write_report
 
-    logging.basicConfig(format="%(name)s: %(message)s")
-    logging.getLogger("drorl").setLevel(logging.INFO)
     torch.manual_seed(config.seed)
     run_dir, budget = Path(config.output_dir), script.max_minutes and 60 * script.max_minutes
     checkpoint = last_checkpoint(config)
-    if checkpoint is None:
-        for old in (run_dir / "records", run_dir / "warmup", *run_dir.glob("checkpoint-*")):
-            shutil.rmtree(old, ignore_errors=True)
     rows, facts = load_data(script)
     model, tokenizer, generator, generator_tokenizer = load_model(script)
     interrupt = InterruptCallback()
 
-    def trainer_for(title, config, seconds, *callbacks):
+    def trainer_for(title, config, *callbacks):
         trainer = DROTrainer(
             model,
             config,
@@ -131,24 +131,32 @@ def main(script: ScriptArguments, config: DROConfig) -> int:
             generator_tokenizer,
             callbacks=[interrupt, RichProgressCallback(title), *callbacks],
         )
-        trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
-        if seconds is not None:
-            trainer.add_callback(TimeBudgetCallback(seconds))
+        for printed in (PrinterCallback, ProgressCallback):  # the progress bar shows what they would print
+            trainer.remove_callback(printed)
         return trainer
 
-    if script.warmup_queries:
-        warmup = warmup_config(config, script.warmup_queries, script.warmup_learning_rate)
-        warm = trainer_for("warm-up", warmup, budget and 0.12 * budget)
-        if checkpoint is None:
-            warm.train()
-            warm.save_model(warmup.output_dir)
-        else:
-            warm._load_from_checkpoint(warmup.output_dir)
-
+    # Everything is built, and so checked, before the first step is made or an earlier run is touched.
     callbacks = [] if script.em_patience is None else [EMIterationCallback("eval_f1", script.em_patience)]
-    trainer = trainer_for("DRO", config, None, *callbacks)
+    trainer = trainer_for("DRO", config, *callbacks)
     questions = rows["test"].select(range(min(script.num_eval_questions or len(rows["test"]), len(rows["test"]))))
     test = Experiment(config, questions)
+    warm = None
+    if script.warmup_queries:
+        warm = trainer_for("warm-up", warmup_config(config, script.warmup_queries, script.warmup_learning_rate))
+        if budget is not None:
+            warm.add_callback(TimeBudgetCallback(0.12 * budget))
+    if checkpoint is None:
+        set_aside(run_dir)
+
+    if warm is not None and checkpoint is None:
+        warm.train()
+        if interrupt.interrupted:
+            logger.warning("Stopped in the warm-up, which is not resumed: start again")
+            return InterruptCallback.EXIT_CODE
+        warm.save_model()
+    elif warm is not None:
+        warm.load_adapters(warm.args.output_dir)
+
     test.evaluate("warmup", "warm-up", trainer.pipeline, seconds=budget and 0.17 * budget)
     before = test.examples("warmup", trainer.pipeline)
     test.evaluate("retriever_sft", "retriever's order, SFT generator", trainer.pipeline, use_selector=False)
@@ -157,6 +165,8 @@ def main(script: ScriptArguments, config: DROConfig) -> int:
 
     if budget is not None:
         left = budget - (time.monotonic() - start) - 1.1 * test.seconds["warmup"] - 30
+        if left < 60:
+            logger.warning("max_minutes=%.0f leaves no time for DRO: it gets one minute", script.max_minutes)
         trainer.add_callback(TimeBudgetCallback(max(left, 60)))
     trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.interrupted:
@@ -168,13 +178,33 @@ def main(script: ScriptArguments, config: DROConfig) -> int:
     examples = [before_after(*pair) for pair in zip(before, after, strict=True)]
     minutes = (time.monotonic() - start) / 60
     summary = test.write("warmup", "dro", vars(script), trainer.state.log_history, examples, minutes, facts)
-    console = Console()
-    console.print(summary_table(summary))
-    for example in examples:
-        console.print(example_table(example))
-    console.print(f"{minutes:.1f} minutes. Report: {write_report(run_dir)}, figures: {run_dir / 'summary.json'}")
+    if trainer.is_world_process_zero():
+        console = Console()
+        console.print(summary_table(summary))
+        for example in examples:
+            console.print(example_table(example))
+        console.print(f"{minutes:.1f} minutes. Report: {write_report(run_dir)}, figures: {run_dir / 'summary.json'}")
     return 0
 
 
+def run() -> int:
+    """Runs the recipe; a user's mistake is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("drorl").setLevel(logging.INFO)
+    try:
+        arguments = TrlParser((ScriptArguments, DROConfig)).parse_args_and_config()
+    except ValueError as error:
+        logger.error("%s", error)
+        return 2
+    try:
+        return main(*arguments)
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+    except KeyboardInterrupt:
+        logger.warning("Interrupted. To go on from the last checkpoint: add --resume_from_checkpoint last")
+        return 130
+
+
 if __name__ == "__main__":
-    sys.exit(main(*TrlParser((ScriptArguments, DROConfig)).parse_args_and_config()))
+    sys.exit(run())

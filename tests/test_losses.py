@@ -59,23 +59,23 @@ def test_the_leave_one_out_baseline_is_the_mean_weight_of_the_others() -> None:
         torch.testing.assert_close(advantages, mean_baseline * 4 / 3)
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale_rewards", ["group", "none"])
 def test_grpo_advantages_are_standardised_log_likelihoods(scale_rewards: str) -> None:
     """(r - mean of the group) / (std + 1e-4), the std unbiased and of the group, of the batch, or 1."""
     advantages = weigh(scores(LOGPS), "grpo", scale_rewards=scale_rewards).advantages
     for rewards, row in zip(LOGPS, advantages.tolist(), strict=True):
-        scale = {"group": stdev(rewards) + 1e-4, "batch": stdev(LOGPS[0] + LOGPS[1]) + 1e-4, "none": 1.0}
+        scale = {"group": stdev(rewards) + 1e-4, "none": 1.0}
         assert row == pytest.approx([(r - mean(rewards)) / scale[scale_rewards] for r in rewards], rel=1e-10)
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale_rewards", ["group", "none"])
 def test_grpo_leaves_invalid_samples_out_of_its_statistics(scale_rewards: str) -> None:
     """An invalid sample has advantage 0 and the others have what they would have without it."""
     rows = [[-3.0, math.nan, -1.0, -7.0, -INF], [-20.0, -22.0, -20.0, -24.0, -21.0]]
     advantages = weigh(scores(rows), "grpo", scale_rewards=scale_rewards).advantages
     assert advantages[0, [1, 4]].tolist() == [0, 0]
     rewards = [-3.0, -1.0, -7.0]
-    scale = {"group": stdev(rewards) + 1e-4, "batch": stdev(rewards + rows[1]) + 1e-4, "none": 1.0}[scale_rewards]
+    scale = {"group": stdev(rewards) + 1e-4, "none": 1.0}[scale_rewards]
     assert advantages[0, [0, 2, 3]].tolist() == pytest.approx([(r - mean(rewards)) / scale for r in rewards])
 
 

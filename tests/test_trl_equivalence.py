@@ -110,7 +110,7 @@ CASES: dict[str, tuple[dict[str, Any], str, int, float]] = {  # settings, identi
     "grpo": ({"loss_type": "grpo"}, "number", 1, 1.0),
     "grpo, accumulated": ({"loss_type": "grpo", **ACCUMULATED}, "letter", 2, 1.0),
     "bnpo, unscaled rewards, cooler": ({"loss_type": "bnpo", "scale_rewards": "none"}, "number", 1, 0.7),
-    "dr_grpo, scaled by the batch": ({"loss_type": "dr_grpo", "scale_rewards": "batch"}, "letter", 1, 1.0),
+    "dr_grpo": ({"loss_type": "dr_grpo"}, "letter", 1, 1.0),
     # The second step on the same samples is off-policy: ratios, and with so narrow a range, clipping.
     "dapo, two iterations": ({"loss_type": "dapo", "num_iterations": 2, "epsilon": 0.02}, "number", 2, 1.0),
 }

@@ -26,6 +26,8 @@ from pathlib import Path
 from filelock import FileLock
 from rich.console import Console
 
+from drorl.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 NESTED = "!/"  # separates an archive from a member of it, as in a Java jar URL
@@ -33,11 +35,11 @@ _CHUNK_BYTES = 1 << 20
 _console = Console(stderr=True)  # one for all: rich can nest status lines of one console only
 
 
-class DownloadError(RuntimeError):
+class DownloadError(UserError, RuntimeError):
     """A pinned wheel is neither in the cache nor to be had from the package index."""
 
 
-class ChecksumError(RuntimeError):
+class ChecksumError(UserError, RuntimeError):
     """A file of a wheel is not the one that was pinned."""
 
 

@@ -21,6 +21,8 @@ from typing import Any, Literal, TypeVar
 
 from datasets import Dataset
 
+from drorl.errors import InvalidInputError
+
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("query", "answers", "candidates")
@@ -28,7 +30,7 @@ COLUMNS = ("query", "answers", "candidates")
 Rows = TypeVar("Rows", Dataset, list[dict[str, Any]])
 
 
-class RowError(ValueError):
+class RowError(InvalidInputError):
     """A row that cannot be trained or evaluated on.
 
     Args:
@@ -129,7 +131,8 @@ def _check_row(row: Mapping[str, Any], num_selected: int, require_scores: bool) 
         raise _Problem("candidates", "fewer candidates than are selected", f": {len(candidates)} < {num_selected}")
     for position, candidate in enumerate(candidates):
         _check_candidate(candidate, f"candidates[{position}]", require_scores)
-    _check_ids([candidate["id"] for candidate in candidates if candidate.get("id") is not None])
+    # Without an id, a passage is its title and text.
+    _check_ids([candidate.get("id") or (candidate["title"], candidate["text"]) for candidate in candidates])
 
 
 def _check_candidate(candidate: Mapping[str, Any], where: str, require_scores: bool) -> None:
@@ -150,7 +153,7 @@ def _check_ids(ids: Sequence[Any]) -> None:
     """Raise `_Problem` if an id occurs twice."""
     if len(set(ids)) < len(ids):
         twice = next(identifier for identifier, count in Counter(ids).items() if count > 1)
-        raise _Problem("candidates", "candidate id occurs twice", f": {twice!r}")
+        raise _Problem("candidates", "candidate occurs twice", f": {twice!r}")
 
 
 def _is_text(value: Any) -> bool:

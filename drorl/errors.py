@@ -1,0 +1,9 @@
+"""The errors that are a user's to mend; commands show their message without a traceback."""
+
+
+class UserError(Exception):
+    """A mistake in data, settings or surroundings, with what to do about it."""
+
+
+class InvalidInputError(UserError, ValueError):
+    """A value that cannot be used."""
