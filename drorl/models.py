@@ -214,5 +214,4 @@ def load_model_and_tokenizer(
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    model.name_or_path = name_or_path  # the alias, not its place in this machine's cache
     return model if device is None else model.to(device), tokenizer

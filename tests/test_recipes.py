@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -80,15 +83,15 @@ def test_help_is_quick():
     assert min(seconds) < 3
 
 
-def test_the_recipe_runs_and_resumes(recipe, tiny_model, tokenizer, rows, tmp_path, capsys):
-    """Warm-up, DRO, evaluation and report run from files on a tiny model; the run can be resumed and loaded."""
-    model = tiny_model()
-    model.save_pretrained(tmp_path / "model")
+@pytest.fixture
+def flags(tiny_model, tokenizer, rows, tmp_path):
+    """A command line that runs the demo's configuration on a tiny model and made-up files, in seconds."""
+    tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for split, count in (("train", 8), ("test", 5)):
         lines = [json.dumps(row) for row in rows(count)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    arguments = {
+    settings = {
         "config": RECIPES / "configs/nq_demo.yaml",
         "model_name_or_path": tmp_path / "model",
         "train_file": tmp_path / "train.jsonl",
@@ -102,7 +105,11 @@ def test_the_recipe_runs_and_resumes(recipe, tiny_model, tokenizer, rows, tmp_pa
         "dtype": "float32",
         "max_minutes": 5,
     }
-    flags = [part for name, value in arguments.items() for part in (f"--{name}", value)]
+    return [part for name, value in settings.items() for part in (f"--{name}", value)]
+
+
+def test_the_recipe_runs_and_resumes(recipe, flags, rows, tmp_path, capsys):
+    """Warm-up, DRO, evaluation and report run from files on a tiny model; the run can be resumed and loaded."""
     assert recipe.main(*parse(recipe, *flags)) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["n_eval"] == 5
@@ -124,3 +131,65 @@ def test_the_recipe_runs_and_resumes(recipe, tiny_model, tokenizer, rows, tmp_pa
     assert recipe.main(*parse(recipe, *flags, "--max_steps", 3, "--resume_from_checkpoint", "last")) == 0
     history = json.loads((tmp_path / "run/log_history.json").read_text())
     assert [entry["step"] for entry in history if "selector/loss" in entry] == [1, 2, 3]
+
+
+def test_a_second_run_sets_the_first_aside(recipe, flags, tmp_path):
+    """Running again in the same directory loses nothing: the earlier run is renamed, its figures unchanged."""
+    assert recipe.main(*parse(recipe, *flags)) == 0
+    first = (tmp_path / "run/summary.json").read_text()
+    assert recipe.main(*parse(recipe, *flags, "--max_steps", 1)) == 0
+    (aside,) = tmp_path.glob("run.*")
+    assert (aside / "summary.json").read_text() == first
+    assert len(json.loads((tmp_path / "run/log_history.json").read_text())) < len(
+        json.loads((aside / "log_history.json").read_text())
+    )
+
+
+@pytest.mark.parametrize("phase, resumable", [("warm-up", False), ("DRO", True)])
+def test_ctrl_c_saves_and_exits_with_130(recipe, flags, tmp_path, monkeypatch, phase, resumable):
+    """Ctrl-C ends the step that runs, and the exit code is 130; what DRO has done so far can be resumed."""
+    from drorl.callbacks import RichProgressCallback
+
+    def press(self, *_, **__):
+        if self.title == phase:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RichProgressCallback, "on_step_begin", press)
+        assert recipe.main(*parse(recipe, *flags)) == 130
+    assert (tmp_path / "run/checkpoint-1").is_dir() == resumable
+    if resumable:
+        assert recipe.main(*parse(recipe, *flags, "--resume_from_checkpoint", "last")) == 0
+        history = json.loads((tmp_path / "run/log_history.json").read_text())
+        assert [entry["step"] for entry in history if "selector/loss" in entry] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        (["--num_selected", "9"], "K=9.*is larger than num_candidates"),
+        (["--resume_from_checkpoint", "last"], "there is no checkpoint 'last'"),
+        (["--identifiers", "colour"], "identifiers"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(recipe, flags, monkeypatch, caplog, mistake, message):
+    """A user's mistake is answered by one line that names it, not by a traceback."""
+    monkeypatch.setattr(sys, "argv", ["nq.py", *map(str, flags), *mistake])
+    try:
+        code = recipe.run()
+    except SystemExit as error:  # argparse's own answer to a value that is no choice
+        code = error.code
+    assert code == 2
+    if caplog.text:
+        assert re.search(message, caplog.text)
+
+
+def test_a_bad_row_is_named_before_anything_runs(recipe, flags, monkeypatch, caplog, tmp_path):
+    """A row without answers stops the recipe at the start, with its number and field."""
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    lines[3] = json.dumps(json.loads(lines[3]) | {"answers": [""]})
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(sys, "argv", ["nq.py", *map(str, flags)])
+    assert recipe.run() == 2
+    assert "row 3, field 'answers'" in caplog.text
+    assert not (tmp_path / "run/records").exists()

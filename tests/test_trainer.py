@@ -564,3 +564,13 @@ def test_too_few_rows_for_a_step_are_refused(make_trainer: Callable[..., DROTrai
     """A data set that is smaller than one step would train nothing without a word; the numbers are named."""
     with pytest.raises(ValueError, match="one step takes 64 queries, but train_dataset has 8 rows"):
         make_trainer(gradient_accumulation_steps=32)
+
+
+def test_a_prompt_that_can_never_fit_is_named_at_the_start(
+    make_trainer: Callable[..., DROTrainer], rows: Callable[..., list[dict[str, Any]]]
+) -> None:
+    """A query that leaves no room for passages is refused when the trainer is made, with its row, not in step 500."""
+    train_rows = rows(8, 6)
+    train_rows[5]["query"] = "Which river? " * 400
+    with pytest.raises(RowError, match="row 5, field 'query'.*shorten the query"):
+        make_trainer(train_rows=train_rows, max_prompt_length=400)
