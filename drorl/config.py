@@ -191,6 +191,14 @@ class DROConfig(GRPOConfig):
             )
         if self.proposal == "retriever" and self.num_generations != 1:
             raise ValueError("proposal='retriever' has one permutation per query: set num_generations=1")
+        if self.selector_objective in ("grpo", "rloo") and (self.proposal, self.proposal_temperature) != (
+            "policy",
+            1.0,
+        ):
+            raise ValueError(
+                f"selector_objective={self.selector_objective!r} has no weights to correct for another proposal: it "
+                "needs proposal='policy' and proposal_temperature=1"
+            )
         if not self.constrained and (self.proposal != "policy" or self.proposal_temperature != 1.0):
             raise ValueError("constrained=False samples free text: it needs proposal='policy', proposal_temperature=1")
         if not self.constrained and self.retrieval_prior_weight:

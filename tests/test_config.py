@@ -57,6 +57,7 @@ REJECTED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"constrained": False, "proposal_temperature": 2.0}, ["constrained=False", "proposal_temperature=1"]),
     ({"constrained": False, "retrieval_prior_weight": 1.0}, ["retrieval_prior_weight", "constrained=True"]),
+    ({"selector_objective": "grpo", "proposal_temperature": 2.0}, ["'grpo'", "proposal='policy'"]),
     ({"beta": 0.04}, ["beta=0.04 is not supported"]),
     ({"importance_sampling_level": "sequence"}, ["importance_sampling_level='sequence' is not supported"]),
     ({"constrained": False, "top_p": 0.95}, ["top_p=0.95 is not supported"]),
