@@ -1,18 +1,20 @@
 """Settings of a DRO run."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from trl import GRPOConfig
 
-from .losses import ADVANTAGES
-from .permutations import IDENTIFIERS
+from .settings import (
+    ANSWER_TARGETS,
+    BASELINES,
+    GENERATOR_OBJECTIVES,
+    IDENTIFIERS,
+    PROPOSALS,
+    SELECTOR_OBJECTIVES,
+    DROSettings,
+)
 
-ANSWER_TARGETS = ("first", "surface", "marginal")
-BASELINES = ("none", "mean", "leave_one_out")
-PROPOSALS = ("policy", "first_choices", "retriever")
-SELECTOR_OBJECTIVES = (*ADVANTAGES, "none")
-GENERATOR_OBJECTIVES = ("dro", "sft", "none")
 SCALES = ("group", "none")
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
 # Settings of TRL that drorl does not read: another value than this one is refused rather than ignored.
@@ -39,7 +41,7 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 @dataclass
-class DROConfig(GRPOConfig):
+class DROConfig(DROSettings, GRPOConfig):
     r"""Configuration of [`DROTrainer`]: `trl.GRPOConfig` and what DRO adds, in the order of the data flow.
 
     Defaults are the paper's (https://huggingface.co/papers/2505.03075, sections 3 and 4) unless said otherwise.
@@ -92,37 +94,6 @@ class DROConfig(GRPOConfig):
             variance, keeps the expectation) or `leave_one_out` (`mean` times m/(m-1), RLOO's rule).
         generator_learning_rate (`float`, *optional*): default: `learning_rate`, which is the selector's.
     """
-
-    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the selector; paper: 1e-5."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay; paper: 0.01."})
-    num_candidates: int = field(default=20, metadata={"help": "N: passages that the selector reads."})
-    num_selected: int = field(default=5, metadata={"help": "K: passages that the generator reads."})
-    shuffle_candidates: bool = field(default=False, metadata={"help": "Show the candidates in a random order."})
-    max_passage_tokens: int | None = field(default=None, metadata={"help": "Cut each passage to so many tokens."})
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Window of the selector's prompt, tokens."})
-    max_answer_length: int = field(default=32, metadata={"help": "Longest generated answer, tokens."})
-    answer_target: str = field(
-        default="surface", metadata={"help": "Gold answer that is scored.", "choices": ANSWER_TARGETS}
-    )
-    identifiers: str = field(
-        default="number", metadata={"help": "How a permutation names passages.", "choices": IDENTIFIERS}
-    )
-    constrained: bool = field(default=True, metadata={"help": "Normalise the policy over valid permutations."})
-    selector_temperature: float = field(default=1.0, metadata={"help": "Temperature of the selector's policy."})
-    retrieval_prior_weight: float = field(default=0.0, metadata={"help": "Weight of the retriever's score."})
-    proposal: str = field(default="policy", metadata={"help": "Where permutations come from.", "choices": PROPOSALS})
-    proposal_temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling proposal."})
-    weight_temperature: float = field(default=1.0, metadata={"help": "Tempers the likelihood in the weights."})
-    selector_objective: str = field(
-        default="dro", metadata={"help": "Objective of the selector.", "choices": SELECTOR_OBJECTIVES}
-    )
-    generator_objective: str = field(
-        default="dro", metadata={"help": "Objective of the generator.", "choices": GENERATOR_OBJECTIVES}
-    )
-    baseline: str = field(default="none", metadata={"help": "Control variate of the weights.", "choices": BASELINES})
-    generator_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the generator; default: learning_rate."}
-    )
 
     def __post_init__(self) -> None:
         self._check_choices()

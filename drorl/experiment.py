@@ -30,6 +30,7 @@ from .evaluation import Record, aggregate, evaluate_rows, per_question, score_pe
 from .metrics import contains_answer
 from .models import measure_gflops
 from .pipeline import RAGPipeline
+from .settings import DROSettings
 from .statistics import bootstrap_mean, paired_bootstrap
 from .weights import importance_weights, log_importance_weights
 
@@ -275,9 +276,9 @@ def example_table(example: Mapping[str, Any]) -> Table:
 
 def _own_settings(config: DROConfig) -> dict[str, Any]:
     """Returns drorl's settings and those of TRL and transformers that shape a run."""
-    inherited = ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
-    inherited += ("max_steps", "num_train_epochs", "weight_decay", "lr_scheduler_type", "seed")
-    own = [f.name for f in dataclasses.fields(config) if f.name in type(config).__annotations__]
+    inherited = ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
+    inherited += ("max_steps", "num_train_epochs", "lr_scheduler_type", "seed")
+    own = [f.name for f in dataclasses.fields(DROSettings)]
     return {name: getattr(config, name) for name in (*own, *inherited)}
 
 

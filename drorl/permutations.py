@@ -25,9 +25,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .settings import IDENTIFIERS
+
 Permutation = tuple[int, ...]
 SEPARATOR = " > "
-IDENTIFIERS = ("number", "letter", "title")
 
 
 # ------------------------------------------------------------------------------------------------------------ text

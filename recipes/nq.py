@@ -1,4 +1,4 @@
-"""Trains a selector and a generator jointly with DRO on open-domain questions, and compares systems on held-out ones.
+r"""Trains a selector and a generator jointly with DRO on open-domain questions, and compares systems on held-out ones.
 
 On a bare machine, with the embedded model and data (2 CPU cores, no GPU, no hub):
 
@@ -22,11 +22,13 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trl import TrlParser
-
-from drorl import DROConfig
 from drorl.errors import UserError
+from drorl.settings import DROSettings, help_text
+
+if TYPE_CHECKING:
+    from drorl import DROConfig
 
 logger = logging.getLogger("drorl.recipe")
 
@@ -102,7 +104,7 @@ def load_model(script: ScriptArguments):
     return *model, *adapted(script.generator_model_name_or_path, (GENERATOR,))
 
 
-def main(script: ScriptArguments, config: DROConfig) -> int:
+def main(script: ScriptArguments, config: "DROConfig") -> int:
     start = time.monotonic()
     import torch
     from rich.console import Console
@@ -189,6 +191,14 @@ def main(script: ScriptArguments, config: DROConfig) -> int:
 
 def run() -> int:
     """Runs the recipe; a user's mistake is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    if {"-h", "--help"} & set(sys.argv):
+        sys.stdout.write(help_text(__doc__ or "", ScriptArguments, DROSettings))
+        return 0
+    sys.argv = ["--help" if argument == "--help_all" else argument for argument in sys.argv]
+    from trl import TrlParser
+
+    from drorl import DROConfig
+
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("drorl").setLevel(logging.INFO)
     try:
