@@ -67,6 +67,7 @@ class TimeBudgetCallback(TrainerCallback):
     def __init__(self, seconds: float):
         self.seconds = seconds
         self._start = 0.0
+        self._rate = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._start = time.monotonic()
@@ -81,12 +82,11 @@ class TimeBudgetCallback(TrainerCallback):
     ) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._left(state)
+        self._rate = optimizer.param_groups[0]["lr"]
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if "learning_rate" in state.log_history[-1]:  # the Trainer has logged the constant schedule's
-            state.log_history[-1]["learning_rate"] = optimizer.param_groups[0]["lr"]
+            state.log_history[-1]["learning_rate"] = self._rate
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._left(state) == 0.0:

@@ -31,8 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "max_grad_norm": 0.1,
     },
-    "accumulation, grpo and sft": {
-        "selector_objective": "grpo",
+    "accumulation, a baseline and sft": {
+        "baseline": "leave_one_out",
         "generator_objective": "sft",
         "gradient_accumulation_steps": 2,
     },

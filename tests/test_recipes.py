@@ -136,7 +136,10 @@ def test_the_recipe_runs_and_resumes(recipe, flags, rows, tmp_path, capsys):
 
     assert recipe.main(*parse(recipe, *flags, "--max_steps", 3, "--resume_from_checkpoint", "last")) == 0
     history = json.loads((tmp_path / "run/log_history.json").read_text())
-    assert [entry["step"] for entry in history if "selector/loss" in entry] == [1, 2, 3]
+    steps = [entry for entry in history if "selector/loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3]
+    rates = [entry["learning_rate"] for entry in steps]
+    assert rates == sorted(rates, reverse=True) and rates[2] < 0.5 * rates[0] <= 0.5e-3  # annealed, and so logged
 
 
 def test_a_second_run_sets_the_first_aside(recipe, flags, tmp_path):
