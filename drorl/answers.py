@@ -24,17 +24,23 @@ def scored_answers(row: Mapping[str, Any], answer_target: str, num_candidates: i
 
 
 def answer_logps(
-    model: nn.Module, prompts: Sequence[Sequence[int] | None], answers: Sequence[Sequence[int]]
+    model: nn.Module, prompts: Sequence[Sequence[int] | None], answers: Sequence[Sequence[Sequence[int]]]
 ) -> torch.Tensor:
-    r"""Returns $\log \sum_y p_g(y|x,d_z)$ over the tokenized answers y for each prompt, `(m,)`, nats, differentiable.
+    r"""Returns $\log \sum_y p_g(y|x,d_z)$ over the tokenized answers y of each prompt, `(n,)`, nats, differentiable.
 
     With one answer this is its log-likelihood, summed over its tokens. A prompt that is `None` (no permutation) scores
-    `-inf`. Equal prompts are encoded once.
+    `-inf`. Whatever any two prompts share at their beginning is encoded once.
+
+    Args:
+        model (`nn.Module`): the generator, its adapter active.
+        prompts (`list` of n token sequences or `None`): contexts of one or several queries.
+        answers (`list` of n lists of token sequences): the answers that count for each prompt.
     """
-    given = [list(prompt) for prompt in prompts if prompt is not None]
+    given = [(prompt, ys) for prompt, ys in zip(prompts, answers, strict=True) if prompt is not None]
     if not given:
         return torch.full((len(prompts),), -torch.inf)
-    logps = sequence_logps(model, [(prompt, answer) for prompt in given for answer in answers])
-    scores = torch.stack([tokens.sum() for tokens in logps]).view(len(given), len(answers)).logsumexp(dim=-1)
+    logps = sequence_logps(model, [(prompt, answer) for prompt, ys in given for answer in ys])
+    each = torch.stack([tokens.sum() for tokens in logps]).split([len(ys) for _, ys in given])
+    scores = torch.stack([of_prompt.logsumexp(dim=0) for of_prompt in each])
     where = torch.tensor([prompt is not None for prompt in prompts], device=scores.device)
     return scores.new_full((len(prompts),), -torch.inf).masked_scatter(where, scores)

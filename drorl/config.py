@@ -92,6 +92,12 @@ class DROConfig(DROSettings, GRPOConfig):
             first K passages) or `none` (frozen generator).
         baseline (`str`, *optional*, defaults to `"none"`): `none` (paper), `mean` (lowers the
             variance, keeps the expectation) or `leave_one_out` (`mean` times m/(m-1), RLOO's rule).
+        max_tokens_per_forward (`int`, *optional*): bound on the distinct tokens of one forward pass; the queries of a
+            micro-batch are split accordingly. It also keeps the graphs of selector and generator from coexisting, for
+            which the selector's prompts are encoded once more. Default: no bound, each prompt is encoded once.
+        min_importance_weight (`float`, *optional*, defaults to `0.0`): permutations of a smaller weight do not train
+            the generator. Above 0 the answer is scored without a graph first, and with one where the weight is not
+            negligible, which is less work when few of the m are. 0 is exact, in one pass.
         generator_learning_rate (`float`, *optional*): default: `learning_rate`, which is the selector's.
     """
 
@@ -131,6 +137,10 @@ class DROConfig(DROSettings, GRPOConfig):
         for name in ("selector_temperature", "proposal_temperature", "weight_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not 0 <= self.min_importance_weight < 1:
+            raise ValueError(f"min_importance_weight must be in [0, 1), not {self.min_importance_weight}")
+        if self.max_tokens_per_forward is not None and self.max_tokens_per_forward < 1:
+            raise ValueError(f"max_tokens_per_forward must be at least 1, not {self.max_tokens_per_forward}")
         if self.num_selected > self.num_candidates:
             raise ValueError(
                 f"num_selected (K={self.num_selected}) is larger than num_candidates (N={self.num_candidates}); "

@@ -115,7 +115,8 @@ def score_permutations(
     prompts = pipeline.generator_prompts
     contexts = [prompts.generator(row["query"], [shown[i] for i in z]) for z in permutations]
     targets = scored_answers(row, answer_target, pipeline.settings.num_candidates)
-    return answer_logps(pipeline.role(GENERATOR), contexts, [prompts.answer(a) for a in targets]).cpu()
+    answers = [prompts.answer(a) for a in targets]
+    return answer_logps(pipeline.role(GENERATOR), contexts, [answers] * len(contexts)).cpu()
 
 
 def _select(
@@ -128,13 +129,14 @@ def _select(
         logps = score_permutations(pipeline, row, candidates, [order], answer_target)
         return _Pending(row, list(order), float(logps[0]), math.nan)
     shown = pipeline.present(row["query"], candidates)
-    decisions = pipeline.decisions(row["query"], shown)
-    greedy = decisions.greedy()
+    decisions = pipeline.decisions([row["query"]], [shown])
+    [greedy] = decisions.greedy()
     # The same randomness for every system and every time, and none of the training's.
     generator = torch.Generator().manual_seed(zlib.crc32(row["query"].encode()))
-    draw = decisions.sample(num_samples, every_first_choice=settings.num_selected == 1, generator=generator)
+    [draw] = decisions.sample(num_samples, every_first_choice=settings.num_selected == 1, generators=[generator])
     logps = score_permutations(pipeline, row, shown, [greedy, *draw.permutations], answer_target)
-    log_ratio = decisions.permutation_logps(draw.permutations)[0].sum(dim=-1) - draw.proposal_logps.sum(dim=-1)
+    [(selector_logps, _)] = decisions.permutation_logps([draw.permutations])
+    log_ratio = (selector_logps - draw.proposal_logps).sum(dim=-1)
     bound = iw_elbo(log_importance_weights(logps[1:], log_ratio))
     return _Pending(row, [candidates.index(shown[i]) for i in greedy], float(logps[0]), float(bound))
 

@@ -129,10 +129,11 @@ class Experiment:
         candidates = row["candidates"][: pipeline.settings.num_candidates]
         shown = pipeline.present(row["query"], candidates)
         with pipeline.evaluating():
-            decisions = pipeline.decisions(row["query"], shown)
-            draw = decisions.sample(len(shown), every_first_choice=True)
+            decisions = pipeline.decisions([row["query"]], [shown])
+            [draw] = decisions.sample(len(shown), every_first_choice=True)
             logps = score_permutations(pipeline, row, shown, draw.permutations, self.answer_target)
-            log_ratio = decisions.permutation_logps(draw.permutations)[0].sum(-1) - draw.proposal_logps.sum(-1)
+            [(selector_logps, _)] = decisions.permutation_logps([draw.permutations])
+            log_ratio = (selector_logps - draw.proposal_logps).sum(dim=-1)
         weights = importance_weights(log_importance_weights(logps, log_ratio))
         order = [candidates.index(passage) for passage in shown]
         place = [order.index(i) for i in range(len(order))]
@@ -145,7 +146,7 @@ class Experiment:
             ],
             "chosen": record.chosen,
             "answer": record.prediction,
-            "probabilities": decisions.logps([()])[0].exp()[place].tolist(),
+            "probabilities": decisions.logps([[()]])[0][0].exp()[place].tolist(),
             "permutations": [[order[i] for i in draw.permutations[p]] for p in place],
             "importance_weights": weights[place].tolist(),
         }

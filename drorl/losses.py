@@ -190,10 +190,10 @@ def clipped_surrogate_loss(
         advantages (`torch.Tensor` of shape `(B, m)`): constant.
         epsilon_low (`float`): the ratio is clipped from below at 1 - this.
         epsilon_high (`float`): and from above at 1 + this.
-        loss_type (`str`): `grpo` (mean of each sequence, then of the sequences), `bnpo` (mean over the tokens of this
-            call), `dapo` (sum over tokens divided by `num_items`), `dr_grpo` (sum divided by sequences times
-            `max_completion_length`); the definitions of `trl.GRPOConfig.loss_type`.
-        num_items (`torch.Tensor` or `float`): what `dapo` divides by; default: the tokens of this call.
+        loss_type (`str`): `grpo` (mean of each sequence, then of the sequences), `bnpo` and `dapo` (sum over tokens
+            divided by `num_items`, those of the micro-batch and of the generation batch), `dr_grpo` (sum divided by
+            sequences times `max_completion_length`); the definitions of `trl.GRPOConfig.loss_type`.
+        num_items (`torch.Tensor` or `float`): for `bnpo` and `dapo`; default: the tokens of this call.
         max_completion_length (`int`): for `dr_grpo`.
 
     Source: https://huggingface.co/papers/2402.03300, Eq. 3; tests compare it with `trl.GRPOTrainer` step for step.
@@ -206,9 +206,7 @@ def clipped_surrogate_loss(
     tokens = mask.sum()
     if loss_type == "grpo":
         loss = (losses.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)).mean()
-    elif loss_type == "bnpo":
-        loss = losses.sum() / tokens.clamp(min=1)
-    elif loss_type == "dapo":
+    elif loss_type in ("bnpo", "dapo"):
         loss = losses.sum() / (tokens.clamp(min=1) if num_items is None else num_items)
     elif loss_type == "dr_grpo":
         loss = losses.sum() / (mask.shape[0] * mask.shape[1] * max_completion_length)

@@ -20,7 +20,7 @@ from .adapters import GENERATOR, SELECTOR, activate, adapter_parameters, trainab
 from .data.rows import RowError
 from .models import load_model_and_tokenizer
 from .policy import Decisions, SelectorPolicy
-from .prompts import PromptBuilder, PromptTooLongError
+from .prompts import PromptBuilder, PromptTooLongError, SelectorPrompt
 
 SETTINGS_FILE = "drorl.json"
 Passage = Mapping[str, Any]
@@ -206,10 +206,20 @@ class RAGPipeline:
             random.Random(f"{seed}/{query}").shuffle(shown)
         return shown
 
-    def decisions(self, query: str, shown: Sequence[Passage]) -> Decisions:
-        """Returns the selector's decisions over the candidates as shown."""
-        scores = [p["score"] for p in shown] if self.settings.retrieval_prior_weight else None
-        return Decisions(self.policy, self.role(SELECTOR), self.prompts.selector(query, shown), scores)
+    def decisions(self, queries: Sequence[str], shown: Sequence[Sequence[Passage]], keep: bool = True) -> Decisions:
+        """Returns the selector's decisions over each query's candidates as shown; see [`~policy.Decisions`]."""
+        prompts = [self.prompts.selector(*pair) for pair in zip(queries, shown, strict=True)]
+        return self.decide(prompts, [self.scores(passages) for passages in shown], keep)
+
+    def scores(self, shown: Sequence[Passage]) -> list[float] | None:
+        """Returns the retriever's scores, when the policy uses them."""
+        return [p["score"] for p in shown] if self.settings.retrieval_prior_weight else None
+
+    def decide(
+        self, prompts: Sequence[SelectorPrompt], scores: Sequence[Sequence[float] | None], keep: bool = True
+    ) -> Decisions:
+        """Returns the selector's decisions after rendered prompts; see [`~policy.Decisions`]."""
+        return Decisions(self.policy, self.role(SELECTOR), prompts, scores, keep)
 
     def select(self, query: str, candidates: Sequence[Passage], k: int | None = None) -> list[RankedPassage]:
         """Returns the passages of the most likely permutation, best first, each with its log-probability.
@@ -225,9 +235,10 @@ class RAGPipeline:
         if k is not None and not 1 <= k <= self.settings.num_selected:
             raise ValueError(f"k must be between 1 and num_selected={self.settings.num_selected}, not {k}")
         shown = self.present(query, candidates)
-        decisions = self.decisions(query, shown)
-        permutation = decisions.greedy()
-        logps, _ = decisions.permutation_logps([permutation])
+        with torch.no_grad():
+            decisions = self.decisions([query], [shown])
+            [permutation] = decisions.greedy()
+            [(logps, _)] = decisions.permutation_logps([[permutation]])
         return [RankedPassage(shown[i], float(logp)) for i, logp in zip(permutation, logps[0], strict=True)][:k]
 
     def answer(self, query: str, candidates: Sequence[Passage]) -> Answer:

@@ -7,7 +7,10 @@ The constrained policy is a product of experts over the candidates that are stil
 
 with p_LM normalised over the valid continuations (see [`permutations`]). Temperature 1 and weight 0 are the paper.
 
-Shapes: N candidates, K chosen, m permutations of one query, D decisions.
+A prompt is encoded once: sampling asks its states for one decision after the other, for all permutations of all
+queries together, and the loss asks the same states, with gradient, for the decisions that were passed through.
+
+Shapes: B queries, N candidates, K chosen, m permutations of one query, D decisions.
 """
 
 import math
@@ -17,9 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .likelihood import branch_logits
+from .likelihood import PromptStates, can_keep
 from .permutations import Permutation, prefixes_of
 from .prompts import SelectorPrompt
+
+Prefixes = Sequence[Permutation]
 
 
 @dataclass(frozen=True)
@@ -43,46 +48,18 @@ class SelectorPolicy:
     temperature: float = 1.0
     retrieval_prior_weight: float = 0.0
 
-    def decision_logps(
-        self,
-        model: nn.Module,
-        prompt: SelectorPrompt,
-        prefixes: Sequence[Permutation],
-        scores: Sequence[float] | None = None,
-    ) -> torch.Tensor:
-        """Returns log p_s(z_t = i | z_<t) for each prefix z_<t, `(D, N)`; `-inf` for candidates already chosen.
-
-        Args:
-            model (`nn.Module`): the selector, its adapter active.
-            prompt ([`~prompts.SelectorPrompt`]): the query's prompt and slate.
-            prefixes (`list` of length D): distinct unfinished permutations.
-            scores (`list[float]` of length N, *optional*): the retriever's scores; needed with a retrieval prior.
-        """
-        table = prompt.slate.decisions(prefixes)
-        # Where everything is forced there is nothing to compute, but the prompt's pass keeps the graph whole.
-        logits = branch_logits(model, prompt.ids, table.contexts or [()])
-        logps = table.log_probs(logits[: len(table.contexts)]) / self.temperature + 0.0 * logits[0, 0]
+    def logps(self, candidate_logps: torch.Tensor, scores: Sequence[float] | None) -> torch.Tensor:
+        """Returns log p_s `(D, N)` from log p_LM `(D, N)`; `-inf` for candidates already chosen."""
+        logps = candidate_logps / self.temperature
         if self.retrieval_prior_weight:
             if scores is None:
                 raise ValueError("retrieval_prior_weight needs a `score` for each candidate")
             logps = logps + self.retrieval_prior_weight * logps.new_tensor(scores)
         return torch.log_softmax(logps, dim=-1)
 
-    def permutation_logps(
-        self,
-        model: nn.Module,
-        prompt: SelectorPrompt,
-        permutations: Sequence[Permutation],
-        scores: Sequence[float] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns log p_s of each decision, `(m, K)`, with gradient, and the entropies, see [`gather_decisions`]."""
-        prefixes = prefixes_of(permutations)
-        logps = self.decision_logps(model, prompt, prefixes, scores)
-        return gather_decisions(logps, prefixes, permutations)
-
 
 def gather_decisions(
-    logps: torch.Tensor, prefixes: Sequence[Permutation], permutations: Sequence[Permutation]
+    logps: torch.Tensor, prefixes: Prefixes, permutations: Sequence[Permutation]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Returns log p_s of each decision of each permutation, `(m, K)`, and the entropy along each, `(m,)`, nats.
 
@@ -90,7 +67,7 @@ def gather_decisions(
     samples to the entropy of the permutation.
 
     Args:
-        logps (`torch.Tensor` of shape `(D, N)`): see [`SelectorPolicy.decision_logps`].
+        logps (`torch.Tensor` of shape `(D, N)`): log p_s(z_t = i | z_<t) of each decision.
         prefixes (`list` of length D): the decisions of its rows.
         permutations (`list` of length m): complete permutations.
     """
@@ -102,74 +79,116 @@ def gather_decisions(
 
 
 class Decisions:
-    """The policy's decisions for one query, without gradient; each is computed once, whoever asks.
+    """The policy's decisions for B queries. Made with gradient, it can draw permutations and then train on them.
 
     Args:
         policy ([`SelectorPolicy`]): settings of the policy.
         model (`nn.Module`): the selector, its adapter active.
-        prompt ([`~prompts.SelectorPrompt`]): the query's prompt and slate.
-        scores (`list[float]` of length N, *optional*): the retriever's scores.
+        prompts (`list` of B [`~prompts.SelectorPrompt`]): prompts and slates.
+        scores (`list` of B `list[float]`, *optional*): the retriever's scores, when the policy uses them.
+        keep (`bool`): keeps the prompts' states for more than one question; see [`~likelihood.PromptStates`].
     """
 
     def __init__(
         self,
         policy: SelectorPolicy,
         model: nn.Module,
-        prompt: SelectorPrompt,
-        scores: Sequence[float] | None = None,
+        prompts: Sequence[SelectorPrompt],
+        scores: Sequence[Sequence[float] | None] | None = None,
+        keep: bool = True,
     ):
-        self._policy, self._model = policy, model
-        self.prompt, self.scores = prompt, scores
-        self._rows: dict[Permutation, torch.Tensor] = {}
+        self._policy = policy
+        self.prompts = prompts
+        self.scores = scores or [None] * len(prompts)
+        self._states = PromptStates(model, [prompt.ids for prompt in prompts], keep and can_keep(model))
+        self._drawing: PromptStates | None = None
+        self._known: list[dict[Permutation, torch.Tensor]] = [{} for _ in prompts]
+
+    def _compute(self, states: PromptStates, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
+        """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query, from one pass over the branches."""
+        tables = [prompt.slate.decisions(asked) for prompt, asked in zip(self.prompts, prefixes, strict=True)]
+        branches = [(query, context) for query, table in enumerate(tables) for context in table.contexts]
+        # Where everything is forced there is nothing to compute, but the prompts' pass keeps the graph whole.
+        logits = states.logits_after(branches or [(0, ())])
+        sizes = [len(table.contexts) for table in tables]
+        parts = logits[: sum(sizes)].split(sizes)
+        return [
+            self._policy.logps(table.log_probs(part), scores) + 0.0 * logits[0, 0]
+            for table, part, scores in zip(tables, parts, self.scores, strict=True)
+        ]
 
     @torch.no_grad()
-    def logps(self, prefixes: Sequence[Permutation]) -> torch.Tensor:
-        """Returns log p_s(z_t = i | z_<t) for each prefix, `(D, N)`, on the CPU."""
-        missing = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in self._rows]
-        if missing:
-            rows = self._policy.decision_logps(self._model, self.prompt, missing, self.scores)
-            self._rows.update(zip(missing, rows.cpu(), strict=True))
-        return torch.stack([self._rows[prefix] for prefix in prefixes])
+    def logps(self, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
+        """Returns log p_s(z_t = i | z_<t) of each query's prefixes, `(D, N)` each, on the CPU, without gradient.
 
-    def permutation_logps(self, permutations: Sequence[Permutation]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns log p_s of each decision `(m, K)` and the entropies `(m,)`, see [`gather_decisions`]."""
-        prefixes = prefixes_of(permutations)
-        return gather_decisions(self.logps(prefixes), prefixes, permutations)
+        Each is computed once, whoever asks; `-inf` for candidates already chosen.
+        """
+        pairs = list(zip(self._known, prefixes, strict=True))
+        missing = [[p for p in dict.fromkeys(asked) if p not in known] for known, asked in pairs]
+        if any(missing):
+            self._drawing = self._drawing or self._states.fork()
+            for known, new, rows in zip(self._known, missing, self._compute(self._drawing, missing), strict=True):
+                known.update(zip(new, rows.cpu(), strict=True))
+        return [torch.stack([known[p] for p in asked]) for known, asked in pairs]
+
+    def permutation_logps(
+        self, permutations: Sequence[Sequence[Permutation]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns log p_s of each decision `(m, K)` and the entropies `(m,)` of each query, see [`gather_decisions`].
+
+        With gradient where that is enabled.
+        """
+        prefixes = [prefixes_of(drawn) for drawn in permutations]
+        logps = self._compute(self._states, prefixes) if torch.is_grad_enabled() else self.logps(prefixes)
+        return [gather_decisions(*query) for query in zip(logps, prefixes, permutations, strict=True)]
 
     def sample(
         self,
         num_generations: int,
         temperature: float = 1.0,
         every_first_choice: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Draw:
-        """Draws permutations, one decision at a time for all of them together.
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> list[Draw]:
+        """Draws permutations of each query, one decision at a time for all of them together.
 
         Args:
             num_generations (`int`): m; ignored with `every_first_choice`, where it is N.
             temperature (`float`): `proposal_temperature`, q_t is proportional to p_s^(1/temperature).
             every_first_choice (`bool`): takes each candidate once as first choice, q(z_1) = 1/N, and samples the rest:
                 the exact expectation over first choices, and for K = 1 over permutations.
-            generator (`torch.Generator`, *optional*): source of randomness; default: torch's own.
+            generators (`list` of B `torch.Generator`, *optional*): each query's randomness; default: torch's own.
         """
-        slate = self.prompt.slate
-        count = slate.num_candidates if every_first_choice else num_generations
-        permutations: list[Permutation] = [()] * count
-        proposal_logps = []
-        for step in range(slate.num_selected):
+        slates = [prompt.slate for prompt in self.prompts]
+        counts = [slate.num_candidates if every_first_choice else num_generations for slate in slates]
+        uniform = [
+            torch.rand(count, slate.num_selected, generator=generator, dtype=torch.float64)
+            for count, slate, generator in zip(counts, slates, generators or [None] * len(slates), strict=True)
+        ]
+        permutations: list[list[Permutation]] = [[()] * count for count in counts]
+        proposal_logps: list[list[torch.Tensor]] = [[] for _ in slates]
+        for step in range(slates[0].num_selected):
             if every_first_choice and step == 0:
-                choices = torch.arange(count)[:, None]
-                proposal_logps.append(torch.full((count, 1), -math.log(count)))
+                chosen = [(torch.arange(count), torch.full((count,), -math.log(count))) for count in counts]
             else:
-                logps = torch.log_softmax(self.logps(permutations) / temperature, dim=-1)
-                choices = torch.multinomial(logps.exp(), 1, generator=generator)
-                proposal_logps.append(logps.gather(1, choices))
-            permutations = [(*z, int(i)) for z, i in zip(permutations, choices, strict=True)]
-        return Draw(permutations, torch.cat(proposal_logps, dim=1))
+                logps = [torch.log_softmax(rows / temperature, dim=-1) for rows in self.logps(permutations)]
+                chosen = [_invert(rows, u[:, step]) for rows, u in zip(logps, uniform, strict=True)]
+            for query, (choices, logq) in enumerate(chosen):
+                permutations[query] = [(*z, int(i)) for z, i in zip(permutations[query], choices, strict=True)]
+                proposal_logps[query].append(logq)
+        return [Draw(drawn, torch.stack(q, dim=1)) for drawn, q in zip(permutations, proposal_logps, strict=True)]
 
-    def greedy(self) -> Permutation:
-        """Returns the permutation of the most likely decisions."""
-        permutation: Permutation = ()
-        for _ in range(self.prompt.slate.num_selected):
-            permutation = (*permutation, int(self.logps([permutation]).argmax()))
-        return permutation
+    def greedy(self) -> list[Permutation]:
+        """Returns the permutation of the most likely decisions of each query."""
+        permutations: list[Permutation] = [()] * len(self.prompts)
+        for _ in range(self.prompts[0].slate.num_selected):
+            rows = self.logps([[z] for z in permutations])
+            permutations = [(*z, int(row[0].argmax())) for z, row in zip(permutations, rows, strict=True)]
+        return permutations
+
+
+def _invert(logps: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the choice that each uniform number in [0, 1) falls on, `(m,)`, and its log-probability, `(m,)`."""
+    cumulated = logps.double().exp().cumsum(dim=-1)
+    # The first whose cumulated probability exceeds the number: one of probability 0 never does.
+    choices = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
+    return choices[:, 0], logps.gather(1, choices)[:, 0]

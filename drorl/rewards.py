@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -61,21 +63,31 @@ class AnswerLikelihoodReward:
         **_: Any,
     ) -> list[float | None]:
         """Returns one reward per completion; each argument has one entry per completion."""
-        return [self._reward(*sample) for sample in zip(completions, query, answers, candidates, strict=True)]
+        rewards: list[float | None] = []
+        samples = zip(completions, query, answers, candidates, strict=True)
+        for _, of_query in groupby(samples, key=itemgetter(1)):  # the completions of a query stand together
+            rewards += self._rewards(list(of_query))
+        return rewards
 
-    def _reward(
+    def _rewards(self, samples: Sequence[tuple]) -> list[float | None]:
+        contexts = [self._context(completion, query, candidates) for completion, query, _, candidates in samples]
+        targets = [
+            scored_answers({"answers": answers, "candidates": candidates}, self.answer_target, len(candidates))
+            for _, _, answers, candidates in samples
+        ]
+        tokenized = [[self.prompts.answer(answer) for answer in ys] for ys in targets]
+        logps = answer_logps(self.model, contexts, tokenized).tolist()
+        return [logp if math.isfinite(logp) else None for logp in logps]
+
+    def _context(
         self,
         completion: str | Sequence[Mapping[str, str]],
         query: str,
-        answers: Sequence[str],
         candidates: Sequence[Mapping[str, Any]],
-    ) -> float | None:
+    ) -> list[int] | None:
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         identifiers = identifier_texts(self.prompts.identifiers, [c["title"] for c in candidates])
         permutation = parse_permutation(text, identifiers, self.prompts.num_selected).permutation
         if permutation is None:
             return None
-        context = self.prompts.generator(query, [candidates[i] for i in permutation])
-        targets = scored_answers({"answers": answers, "candidates": candidates}, self.answer_target, len(candidates))
-        reward = float(answer_logps(self.model, [context], [self.prompts.answer(a) for a in targets])[0])
-        return reward if math.isfinite(reward) else None
+        return self.prompts.generator(query, [candidates[i] for i in permutation])

@@ -3,28 +3,47 @@
 Shapes: N candidates, K chosen, m permutations of one query, T decisions (constrained: K) or tokens (free text).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .adapters import SELECTOR
-from .answers import scored_answers
+from .adapters import GENERATOR, SELECTOR
+from .answers import answer_logps, scored_answers
 from .config import DROConfig
+from .errors import InvalidInputError
 from .likelihood import sequence_logps
 from .permutations import Permutation, parse_permutation
 from .pipeline import Passage, RAGPipeline
-from .policy import Draw
+from .policy import Decisions
 from .prompts import SelectorPrompt
+from .tree import TokenTree
+
+
+@dataclass(frozen=True)
+class Question:
+    """A training row, its candidates in the order in which this step shows them."""
+
+    row: Mapping[str, Any]
+    shown: Sequence[Passage]
+    seed: int
+    """What its permutations are drawn with: the same ones whenever, and with whatever other questions, it is done."""
+
+    def num_items(self, config: DROConfig) -> int:
+        """Decisions of all its permutations, before they are drawn."""
+        samples = len(self.shown) if config.proposal == "first_choices" else config.num_generations
+        return samples * config.num_selected
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One query's permutations; nothing here has a gradient."""
 
+    question: Question
     prompt: SelectorPrompt
     scores: Sequence[float] | None
     """N: the retriever's scores, when the policy uses them."""
@@ -32,16 +51,16 @@ class Rollout:
     """m: `None` for a free text in which no identifier was recognised."""
     completion_ids: list[list[int]] | None
     """m: the sampled tokens, in free text only."""
-    proposal_logps: torch.Tensor
-    """(m, T): log q of each decision or token, nats."""
-    old_selector_logps: torch.Tensor
-    """(m, T): log p_s when the permutations were drawn, nats."""
+    proposal_logps: torch.Tensor | None
+    """(m, T): log q of each decision or token, nats; `None`: the selector's own."""
     contexts: list[list[int] | None]
     """m: the generator's prompt for each permutation."""
     supervised_context: list[int] | None
     """The generator's prompt over the retriever's first K passages, when `sft` needs it."""
     answers: list[list[int]]
     """The tokenized gold answers that are scored."""
+    old_selector_logps: torch.Tensor | None = None
+    """(m, T): log p_s when the permutations were drawn, nats; `None`: as it is in the M-step."""
     valid_rate: float = 1.0
     """Share of the samples that needed no repair; 1 by construction when constrained."""
 
@@ -55,81 +74,191 @@ class Rollout:
         """Distinct permutations per sample."""
         return len(set(self.permutations)) / len(self.permutations)
 
+    @property
+    def num_items(self) -> int:
+        """Decisions or tokens of all samples together."""
+        return sum(map(len, self.completion_ids or self.drawn))
 
-def draw_rollout(
-    pipeline: RAGPipeline, config: DROConfig, row: Mapping[str, Any], shown: Sequence[Passage]
-) -> Rollout:
-    """Draws permutations of one query from the constrained policy.
+    @property
+    def size(self) -> int:
+        """Distinct tokens that the larger of the two models encodes."""
+        completions = self.completion_ids or [self.prompt.slate.token_ids(z) for z in self.drawn]
+        selector, generator = TokenTree(), TokenTree()
+        end = selector.add(self.prompt.ids)[-1]
+        for tokens in completions:
+            selector.add(tokens, end)
+        for context in filter(None, self.contexts):
+            end = generator.add(context)[-1]
+            for answer in self.answers:
+                generator.add(answer, end)
+        return max(len(selector), len(generator))
+
+
+@dataclass(frozen=True)
+class SelectorScores:
+    """What the selector says of permutations."""
+
+    token_logps: torch.Tensor
+    """(B, m, T): log p_s of each decision or token, nats; `-inf` in the padding."""
+    metrics: dict[str, torch.Tensor]
+
+
+def batches(rollouts: Sequence[Rollout], limit: int | None) -> Iterator[list[Rollout]]:
+    """Yields the rollouts in groups that have at most `limit` tokens (`max_tokens_per_forward`) for either model.
+
+    Raises:
+        InvalidInputError: if one query alone has more.
+    """
+    batch: list[Rollout] = []
+    total = 0
+    for rollout in rollouts:
+        size = rollout.size if limit is not None else 0
+        if limit is not None and size > limit:
+            raise InvalidInputError(
+                f"one query needs {size} distinct tokens in a forward pass, but max_tokens_per_forward is {limit}: "
+                "raise it, or lower num_candidates, num_selected, max_passage_tokens or num_generations"
+            )
+        if batch and limit is not None and total + size > limit:
+            yield batch
+            batch, total = [], 0
+        batch.append(rollout)
+        total += size
+    yield batch
+
+
+def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Returns what is logged of permutations."""
+    return {
+        "permutations/unique_ratio": fmean(r.unique_ratio for r in rollouts),
+        "permutations/valid_rate": fmean(r.valid_rate for r in rollouts),
+    }
+
+
+def draw_rollouts(
+    pipeline: RAGPipeline, config: DROConfig, questions: Sequence[Question], decisions: Decisions
+) -> list[Rollout]:
+    """Draws permutations of each question from the constrained policy.
 
     Args:
         pipeline ([`RAGPipeline`]): both models.
         config ([`DROConfig`]): proposal and number of samples.
-        row (mapping): `query`, `answers`, `candidates`.
-        shown (`list`): the candidates as the prompt shows them.
+        questions (`list` of B [`Question`]): what is asked.
+        decisions ([`~policy.Decisions`]): the selector's, over these questions.
     """
-    decisions = pipeline.decisions(row["query"], shown)
     if config.proposal == "retriever":
-        order = tuple(shown.index(candidate) for candidate in row["candidates"][: config.num_selected])
+        orders = [tuple(map(q.shown.index, q.row["candidates"][: config.num_selected])) for q in questions]
         # The weight of a single sample is 1, however likely it is, so no probability is computed.
-        draw = Draw([order], torch.zeros(1, config.num_selected))
-        logps = draw.proposal_logps
+        draws: list[tuple[list[Permutation], torch.Tensor | None]] = [([order], None) for order in orders]
     else:
         every_first_choice = config.proposal == "first_choices"
-        draw = decisions.sample(config.num_generations, config.proposal_temperature, every_first_choice)
-        logps, _ = decisions.permutation_logps(draw.permutations)
-    return Rollout(
-        prompt=decisions.prompt,
-        scores=decisions.scores,
-        permutations=list(draw.permutations),
-        completion_ids=None,
-        proposal_logps=draw.proposal_logps,
-        old_selector_logps=logps,
-        **_generator_inputs(pipeline, config, row, shown, draw.permutations),
-    )
+        generators = [torch.Generator().manual_seed(question.seed) for question in questions]
+        sampled = decisions.sample(config.num_generations, config.proposal_temperature, every_first_choice, generators)
+        draws = [(draw.permutations, draw.proposal_logps) for draw in sampled]
+    return [
+        Rollout(
+            question=question,
+            prompt=prompt,
+            scores=scores,
+            permutations=list(permutations),
+            completion_ids=None,
+            proposal_logps=proposal_logps,
+            **_generator_inputs(pipeline, config, question, permutations),
+        )
+        for prompt, scores, question, (permutations, proposal_logps) in zip(
+            decisions.prompts, decisions.scores, questions, draws, strict=True
+        )
+    ]
 
 
 def read_rollout(
-    pipeline: RAGPipeline,
-    config: DROConfig,
-    row: Mapping[str, Any],
-    shown: Sequence[Passage],
-    completion_ids: list[list[int]],
+    pipeline: RAGPipeline, config: DROConfig, question: Question, completion_ids: list[list[int]]
 ) -> Rollout:
-    """Reads permutations of one query from sampled free texts, `completion_ids`; see [`draw_rollout`]."""
-    prompt = pipeline.prompts.selector(row["query"], shown)
+    """Reads permutations of one question from sampled free texts, `completion_ids`; see [`draw_rollouts`]."""
+    prompt = pipeline.prompts.selector(question.row["query"], question.shown)
     texts = pipeline.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     parsed = [parse_permutation(text, prompt.identifiers, config.num_selected) for text in texts]
     permutations = [p.permutation for p in parsed]
-    logps = text_logps(pipeline.role(SELECTOR), prompt, completion_ids, config.selector_temperature)
     return Rollout(
+        question=question,
         prompt=prompt,
         scores=None,
         permutations=permutations,
         completion_ids=completion_ids,
-        proposal_logps=logps,
-        old_selector_logps=logps,
+        proposal_logps=None,
         valid_rate=sum(p.valid for p in parsed) / len(parsed),
-        **_generator_inputs(pipeline, config, row, shown, permutations),
+        **_generator_inputs(pipeline, config, question, permutations),
     )
 
 
-def text_logps(
-    model: nn.Module, prompt: SelectorPrompt, completion_ids: Sequence[Sequence[int]], temperature: float
+def decisions_over(pipeline: RAGPipeline, config: DROConfig, questions: Sequence[Question]) -> Decisions:
+    """Returns the selector's decisions over questions."""
+    keep = config.proposal != "retriever"  # there nothing is asked before the loss asks
+    return pipeline.decisions([q.row["query"] for q in questions], [q.shown for q in questions], keep)
+
+
+def draw_and_remember(pipeline: RAGPipeline, config: DROConfig, questions: Sequence[Question]) -> list[Rollout]:
+    """Draws permutations of each question, and keeps how likely they were."""
+    decisions = decisions_over(pipeline, config, questions)
+    rollouts = draw_rollouts(pipeline, config, questions, decisions)
+    return rollouts if config.proposal == "retriever" else remember(pipeline, config, rollouts, decisions)
+
+
+def remember(
+    pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout], decisions: Decisions | None = None
+) -> list[Rollout]:
+    """Returns the rollouts with how likely they are under the selector as it is."""
+    logps, _ = selector_logps(pipeline, config, rollouts, decisions)
+    return [replace(rollout, old_selector_logps=old) for rollout, old in zip(rollouts, logps, strict=True)]
+
+
+def selector_logps(
+    pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout], decisions: Decisions | None = None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Returns log p_s of each decision or token, `(m, T)`, of each rollout, and of constrained ones their entropies.
+
+    With gradient where that is enabled; `-inf` where a text has ended.
+
+    Args:
+        pipeline ([`RAGPipeline`]): both models.
+        config ([`DROConfig`]): the temperature of free text.
+        rollouts (`list` of B [`Rollout`]): all constrained, or all free text.
+        decisions ([`~policy.Decisions`], *optional*): what the rollouts were drawn from, to use its states again.
+    """
+    if rollouts[0].completion_ids is not None:
+        pairs = [(r.prompt.ids, tokens) for r in rollouts for tokens in r.completion_ids or []]
+        tokens = iter(sequence_logps(pipeline.role(SELECTOR), pairs, config.selector_temperature))
+        texts = [[next(tokens) for _ in r.permutations] for r in rollouts]
+        return [pad_sequence(text, batch_first=True, padding_value=-torch.inf) for text in texts], []
+    if decisions is None:
+        decisions = pipeline.decide([r.prompt for r in rollouts], [r.scores for r in rollouts], keep=False)
+    scored = decisions.permutation_logps([r.drawn for r in rollouts])
+    return [logps for logps, _ in scored], [entropies for _, entropies in scored]
+
+
+def answer_logps_of(
+    pipeline: RAGPipeline, rollouts: Sequence[Rollout], contexts: Sequence[Sequence[list[int] | None]]
 ) -> torch.Tensor:
-    """Returns the log-probability of each token of each text, `(m, T)`, nats, `-inf` where a text has ended."""
-    logps = sequence_logps(model, [(prompt.ids, tokens) for tokens in completion_ids], temperature)
-    return pad_sequence(logps, batch_first=True, padding_value=-torch.inf)
+    """Returns the answers' log-likelihoods under contexts of each query, `(B, n)`, nats, from one pass.
+
+    A query with a NaN is left out and scores `-inf`: a weight of 0 would not stop it, since 0 * NaN is NaN.
+    """
+    model = pipeline.role(GENERATOR)
+    answers = [r.answers for r, of_query in zip(rollouts, contexts, strict=True) for _ in of_query]
+    logps = answer_logps(model, [*chain.from_iterable(contexts)], answers)
+    parts = logps.split([len(of_query) for of_query in contexts])
+    if logps.isnan().any():
+        pairs = zip(contexts, parts, strict=True)
+        contexts = [[None] * len(of_query) if part.isnan().any() else of_query for of_query, part in pairs]
+        return answer_logps_of(pipeline, rollouts, contexts)
+    return stack(parts, model.device)
 
 
 def _generator_inputs(
-    pipeline: RAGPipeline,
-    config: DROConfig,
-    row: Mapping[str, Any],
-    shown: Sequence[Passage],
-    permutations: Sequence[Permutation | None],
+    pipeline: RAGPipeline, config: DROConfig, question: Question, permutations: Sequence[Permutation | None]
 ) -> dict[str, Any]:
     """Returns what the generator reads under each permutation, and what it is to answer."""
-    prompts, query = pipeline.generator_prompts, row["query"]
+    prompts, row, shown = pipeline.generator_prompts, question.row, question.shown
+    query = row["query"]
     supervised = None
     if config.generator_objective == "sft":
         supervised = prompts.generator(query, row["candidates"][: config.num_selected])
@@ -149,9 +278,10 @@ def stack(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     return stacked
 
 
-def without_nan(logps: torch.Tensor) -> torch.Tensor:
-    """Takes a query with a NaN out of the graph: a weight of 0 would not stop it, since 0 * NaN is NaN."""
-    return logps.detach() if logps.isnan().any() else logps
+def stacked_sums(rows: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
+    """Returns the sums over T of one `(m', T')` per query, `(B, m)`; `None` if they are not all there."""
+    known = [row for row in rows if row is not None]
+    return sum_over_tokens(stack(known, device)) if len(known) == len(rows) else None
 
 
 def sum_over_tokens(token_logps: torch.Tensor) -> torch.Tensor:

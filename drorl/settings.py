@@ -44,6 +44,12 @@ class DROSettings:
         default="dro", metadata={"help": "Objective of the generator.", "choices": GENERATOR_OBJECTIVES}
     )
     baseline: str = field(default="none", metadata={"help": "Control variate of the weights.", "choices": BASELINES})
+    min_importance_weight: float = field(
+        default=0.0, metadata={"help": "Permutations of a smaller weight do not train the generator."}
+    )
+    max_tokens_per_forward: int | None = field(
+        default=None, metadata={"help": "Bound on the distinct tokens of a forward pass; default: none."}
+    )
     generator_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the generator; default: learning_rate."}
     )

@@ -15,6 +15,7 @@ Shapes: B queries, m permutations of each, K chosen, T decisions (constrained: K
 """
 
 import textwrap
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -26,23 +27,33 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
-from trl import GRPOTrainer
 
-from .adapters import (
-    GENERATOR,
-    ROLES,
-    SELECTOR,
-    load_with_adapters,
-)
-from .answers import answer_logps
-from .checkpoints import AtomicCheckpoints
+from .adapters import GENERATOR, ROLES, SELECTOR, load_with_adapters
 from .config import DROConfig
 from .data.rows import validate_rows
 from .errors import InvalidInputError
-from .evaluation import Record, aggregate, evaluate_rows
+from .evaluation import Record
 from .losses import LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
-from .pipeline import Passage, PipelineSettings, RAGPipeline
-from .rollouts import Rollout, draw_rollout, read_rollout, stack, sum_over_tokens, text_logps, without_nan
+from .pipeline import PipelineSettings, RAGPipeline
+from .policy import Decisions
+from .rollouts import (
+    Question,
+    Rollout,
+    SelectorScores,
+    answer_logps_of,
+    batches,
+    decisions_over,
+    describe,
+    draw_and_remember,
+    draw_rollouts,
+    read_rollout,
+    remember,
+    selector_logps,
+    stack,
+    stacked_sums,
+    sum_over_tokens,
+)
+from .two_roles import TwoRoleTrainer
 
 # Every private name of TRL and transformers that is overridden or used here; tests/test_trl_contract.py checks each
 # against the installed version, so that an upgrade fails with one clear message.
@@ -61,7 +72,6 @@ OVERRIDDEN_TRL_HOOKS = {
 }
 USED_TRL_HOOKS = {"_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations")}
 
-
 SUPPORTED_ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 logger = logging.get_logger(__name__)
 
@@ -70,7 +80,7 @@ def _no_reward(*_: Any, **__: Any) -> list[float]:
     raise NotImplementedError("DROTrainer computes its reward in the M-step; TRL must not ask for it")
 
 
-class DROTrainer(AtomicCheckpoints, GRPOTrainer):
+class DROTrainer(TwoRoleTrainer):
     r"""Trains a selector and a generator jointly with Direct Retrieval-augmented Optimization.
 
     $$\mathcal{L} = -\sum_i w_i \log p_s(z_i|x,d) \;-\; \sum_i w_i \log p_g(y|x,d_{z_i}), \qquad
@@ -168,136 +178,184 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
         return rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
 
     # --------------------------------------------------------------------------------------------------------- E-step
-    @torch.no_grad()
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """The E-step: draws permutations of each query. `inputs` repeats each row m times, as TRL samples them."""
-        rows = inputs[:: self.num_generations]
-        seed = f"{self.args.seed}/{self.state.global_step}"
-        shown = [self.pipeline.present(row["query"], row["candidates"], seed) for row in rows]
-        if self.args.constrained:
-            rollouts = [draw_rollout(self.pipeline, self.args, *pair) for pair in zip(rows, shown, strict=True)]
-        else:
-            texts = self._generate_texts(rows, shown)
-            rollouts = [read_rollout(self.pipeline, self.args, *t) for t in zip(rows, shown, texts, strict=True)]
-        self._log_rollouts(rollouts)
-        num_items = torch.stack([r.old_selector_logps.isfinite().sum() for r in rollouts]).sum().float()
-        return {
-            "row": torch.arange(len(rows)),  # TRL splits the batch along the first tensor
-            "rollouts": rollouts,
-            "num_items_in_batch": self.accelerator.gather(num_items.to(self.accelerator.device)).sum(),
-        }
-
-    def _generate_texts(self, rows: list[dict[str, Any]], shown: list[list[Passage]]) -> list[list[list[int]]]:
-        """Samples m texts of each query with TRL's own generation, as tokens."""
-        self.pipeline.role(SELECTOR)
-        m, prompts = self.num_generations, self.pipeline.prompts
-        repeated = [prompts.selector(r["query"], s).ids for r, s in zip(rows, shown, strict=True) for _ in range(m)]
-        texts, _ = self._generate_single_turn(repeated, None, {}, m)
-        return [texts[i : i + m] for i in range(0, len(texts), m)]
-
-    def _log_rollouts(self, rollouts: list[Rollout]) -> None:
-        metrics = {
-            "permutations/unique_ratio": [r.unique_ratio for r in rollouts],
-            "permutations/valid_rate": [r.valid_rate for r in rollouts],
-            "passages/truncated_ratio": [self.pipeline.prompts.truncated_ratio],
-        }
-        self._log_means({name: torch.tensor(values).mean() for name, values in metrics.items()})
-
-    # --------------------------------------------------------------------------------------------------------- M-step
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """One forward and backward pass of each role; the last of an accumulation averages gradients over processes.
-
-        DDP cannot do that: it expects one forward and one backward pass, here are two of each. So the bare models run.
-        """
-        if self.pipeline.generator_model is not None:
-            self.pipeline.generator_model.train()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            for p in chain.from_iterable(self._trained_parameters().values()):
-                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
-        return loss
-
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """The M-step: weighs the permutations, trains the generator, and returns the selector's loss.
-
-        The generator's scores give the weights and its loss in one pass. Its backward pass ends before the selector's
-        forward pass begins: their graphs never coexist, and gradient checkpointing, which recomputes with whatever
-        adapter is active during backward, recomputes each role under its own.
-        """
-        args, rollouts = self.args, inputs["rollouts"]
-        train_selector, train_generator = args.selector_objective != "none", args.generator_objective != "none"
-        selector_logps = self._selector_logps_now(rollouts)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and args.generator_objective == "dro"):
-            generator_logps = self._generator_logps(rollouts)
-        weighting = self._weigh(rollouts, selector_logps, generator_logps.detach())
-        metrics = dict(weighting.metrics)
-        loss = torch.zeros((), device=self.accelerator.device)
-        if train_generator:
-            output = self._generator_loss(rollouts, generator_logps, weighting)
-            metrics |= {"generator/loss": output.loss, **output.metrics}
-            loss = output.loss / self.current_gradient_accumulation_steps + self._touch(GENERATOR)
-            if train_selector and torch.is_grad_enabled():
-                self.accelerator.backward(loss)
-                loss = loss.detach()
-        if train_selector:
-            output = self._selector_loss(rollouts, weighting, inputs["num_items_in_batch"])
-            metrics |= {"selector/loss": output.loss, **output.metrics}
-            loss = loss + output.loss / self.current_gradient_accumulation_steps
-        self._log_means(metrics)
-        return loss
-
-    def _generator_logps(self, rollouts: list[Rollout]) -> torch.Tensor:
-        """Returns log p_g(y|x,d_z), `(B, m)`; `-inf` where there is no permutation."""
-        generator = self.pipeline.role(GENERATOR)
-        scored = [answer_logps(generator, r.contexts, r.answers) for r in rollouts]
-        return stack([without_nan(logps) for logps in scored], self.args.device)
-
-    def _generator_loss(
-        self, rollouts: list[Rollout], generator_logps: torch.Tensor, weighting: Weighting
-    ) -> LossOutput:
-        if self.args.generator_objective == "dro":
-            return weighted_mle_loss(generator_logps, weighting.importance_weights)
-        generator = self.pipeline.role(GENERATOR)
-        scored = [answer_logps(generator, [r.supervised_context], r.answers) for r in rollouts]
-        logps = stack([without_nan(logps) for logps in scored], self.args.device)
-        return weighted_mle_loss(logps, logps.isfinite().to(logps.dtype))
-
     @property
     def _on_policy(self) -> bool:
         """Whether the selector has not moved since it drew what it is trained on; TRL's condition."""
         args = self.args
         return args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) == 0
 
-    def _selector_logps_now(self, rollouts: list[Rollout]) -> torch.Tensor:
-        """Returns log p_s(z|x,d) under the current selector without gradient, `(B, m)`.
+    @property
+    def _one_pass(self) -> bool:
+        """Whether the M-step keeps the selector's graph while the generator has its own.
 
-        On-policy these are the E-step's. Otherwise the selector has moved since, and the weights follow it.
+        Then no prompt is encoded twice. Where memory is short (`max_tokens_per_forward`, gradient checkpointing) each
+        graph is gone before the next one is built, and what comes first is computed without one.
         """
-        if self._on_policy or self.args.selector_objective == "none":
-            return sum_over_tokens(stack([r.old_selector_logps for r in rollouts], self.args.device))
-        with torch.no_grad():
-            return sum_over_tokens(self._selector_logps(rollouts)[0])
+        return self.args.max_tokens_per_forward is None and not self.args.gradient_checkpointing
 
-    def _selector_logps(self, rollouts: list[Rollout]) -> tuple[torch.Tensor, dict]:
-        """Returns log p_s of each decision or token, `(B, m, T)`, `-inf` in the padding, and metrics."""
-        model = self.pipeline.role(SELECTOR)
+    @torch.no_grad()
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The E-step: draws permutations of each query. `inputs` repeats each row m times, as TRL samples them.
+
+        On policy and in one pass the M-step draws them instead, from the states that it then trains on.
+        """
+        rows = inputs[:: self.num_generations]
+        order = f"{self.args.seed}/{self.state.global_step}"
+        shown = [self.pipeline.present(row["query"], row["candidates"], order) for row in rows]
+        # Free text is sampled by TRL, and nothing else may take from its randomness.
+        seeds = torch.randint(2**62, (len(rows),)).tolist() if self.args.constrained else [0] * len(rows)
+        questions = [Question(*question) for question in zip(rows, shown, seeds, strict=True)]
+        rollouts = None
         if not self.args.constrained:
-            logps = [text_logps(model, r.prompt, r.completion_ids or [], self.temperature) for r in rollouts]
-            return stack(logps, self.args.device), {}
-        policy = self.pipeline.policy
-        scored = [policy.permutation_logps(model, r.prompt, r.drawn, r.scores) for r in rollouts]
-        entropy = torch.stack([entropies.mean() for _, entropies in scored]).mean()
-        return stack([logps for logps, _ in scored], self.args.device), {"selector/entropy": entropy}
+            texts = self._generate_texts(questions)
+            rollouts = [read_rollout(self.pipeline, self.args, *q) for q in zip(questions, texts, strict=True)]
+            if not self._on_policy:
+                rollouts = remember(self.pipeline, self.args, rollouts)
+        elif not (self._on_policy and self._one_pass):
+            together = [questions] if self._one_pass else [[question] for question in questions]
+            with self.pipeline.evaluating():  # in training, gradient checkpointing would throw the states away
+                drawn = [draw_and_remember(self.pipeline, self.args, group) for group in together]
+            rollouts = list(chain.from_iterable(drawn))
+        counts = [r.num_items for r in rollouts] if rollouts else (q.num_items(self.args) for q in questions)
+        num_items = torch.tensor(float(sum(counts)), device=self.accelerator.device)
+        return {
+            "row": torch.arange(len(rows)),  # TRL splits the batch along the first tensor
+            "questions": questions,
+            "rollouts": rollouts,
+            "num_items_in_batch": self.accelerator.gather(num_items).sum(),
+        }
 
-    def _selector_loss(self, rollouts: list[Rollout], weighting: Weighting, num_items: torch.Tensor) -> LossOutput:
-        token_logps, metrics = self._selector_logps(rollouts)
+    def _generate_texts(self, questions: list[Question]) -> list[list[list[int]]]:
+        """Samples m texts of each query with TRL's own generation, as tokens."""
+        self.pipeline.role(SELECTOR)
+        m, prompts = self.num_generations, self.pipeline.prompts
+        repeated = [prompts.selector(q.row["query"], q.shown).ids for q in questions for _ in range(m)]
+        texts, _ = self._generate_single_turn(repeated, None, {}, m)
+        return [texts[i : i + m] for i in range(0, len(texts), m)]
+
+    # --------------------------------------------------------------------------------------------------------- M-step
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """The M-step: weighs the permutations, trains both roles, and returns the last loss for its backward pass."""
+        rollouts, scored = inputs["rollouts"], None
+        if rollouts is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.selector_objective != "none"):
+                decisions = decisions_over(self.pipeline, self.args, inputs["questions"])
+                rollouts = draw_rollouts(self.pipeline, self.args, inputs["questions"], decisions)
+                scored = self._score_selector(rollouts, decisions)
+        self._log_means({**describe(rollouts), "passages/truncated_ratio": self.pipeline.prompts.truncated_ratio})
+        items = torch.tensor(float(sum(r.num_items for r in rollouts)))
+        if self.loss_type == "dapo":  # TRL counts the generation batch of all processes, of which this is a part
+            items = inputs["num_items_in_batch"] / self.accelerator.num_processes / self.args.steps_per_generation
+        loss = torch.zeros((), device=self.accelerator.device)
+        metrics: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros_like(loss))
+        for batch in batches(rollouts, self.args.max_tokens_per_forward):
+            if loss.requires_grad:
+                self.accelerator.backward(loss)
+            share = len(batch) / len(rollouts)
+            output = self._batch_loss(batch, scored, share, items.clamp(min=1))
+            loss = output.loss + loss.detach()
+            for name, value in output.metrics.items():
+                metrics[name] += share * value
+        self._log_means(metrics)
+        return loss
+
+    def _batch_loss(
+        self, rollouts: list[Rollout], scored: SelectorScores | None, share: float, num_items: torch.Tensor
+    ) -> LossOutput:
+        """Trains the generator on a batch of queries, and returns the selector's loss on them.
+
+        The generator's scores give the weights and its loss in one pass. Where memory is short, its backward pass ends
+        before the selector's forward pass begins; gradient checkpointing needs that too, since it recomputes with
+        whatever adapter is active during backward.
+
+        Args:
+            rollouts (`list` of [`Rollout`]): the batch.
+            scored ([`SelectorScores`], *optional*): the selector's, where they are known already.
+            share (`float`): of the micro-batch's queries that are in this batch.
+            num_items (`torch.Tensor`): decisions or tokens of the micro-batch.
+        """
+        args = self.args
+        train_selector, train_generator = args.selector_objective != "none", args.generator_objective != "none"
+        if scored is None and train_selector and self._one_pass:
+            scored = self._score_selector(rollouts)
+        selector_logps = self._selector_logps_now(rollouts, scored)
+        generator_logps = self._generator_logps(rollouts)
+        weighting = self._weigh(rollouts, selector_logps, generator_logps.detach())
+        loss, metrics = torch.zeros((), device=self.accelerator.device), dict(weighting.metrics)
+        scale = 1 / self.current_gradient_accumulation_steps
+        if train_generator:
+            output = self._generator_loss(rollouts, generator_logps, weighting)
+            metrics |= {"generator/loss": output.loss, **output.metrics}
+            loss = scale * share * output.loss + self._touch(GENERATOR)
+            if train_selector and torch.is_grad_enabled():
+                self.accelerator.backward(loss)
+                loss = loss.detach()
+        if train_selector:
+            scored = scored or self._score_selector(rollouts)
+            output = self._selector_loss(rollouts, scored, weighting, share, num_items)
+            metrics |= {"selector/loss": output.loss / share, **output.metrics}
+            loss = loss + scale * output.loss
+        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+    def _generator_logps(self, rollouts: list[Rollout]) -> torch.Tensor:
+        """Returns log p_g(y|x,d_z), `(B, m)`; `-inf` where there is no permutation.
+
+        With gradient if these scores are also what the generator is trained on, all of them.
+        """
+        trained = self.args.generator_objective == "dro" and self.args.min_importance_weight == 0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            return answer_logps_of(self.pipeline, rollouts, [r.contexts for r in rollouts])
+
+    def _generator_loss(
+        self, rollouts: list[Rollout], generator_logps: torch.Tensor, weighting: Weighting
+    ) -> LossOutput:
+        if self.args.generator_objective == "sft":
+            logps = answer_logps_of(self.pipeline, rollouts, [[r.supervised_context] for r in rollouts])
+            return weighted_mle_loss(logps, logps.isfinite().to(logps.dtype))
+        weights, threshold = weighting.importance_weights, self.args.min_importance_weight
+        if threshold > 0:  # the scores had no graph: what counts is scored again, with one
+            kept = [
+                [context if weight >= threshold else None for context, weight in zip(r.contexts, row, strict=False)]
+                for r, row in zip(rollouts, weights.tolist(), strict=True)
+            ]
+            generator_logps = answer_logps_of(self.pipeline, rollouts, kept)
+            weights = weights.masked_fill(weights < threshold, 0.0)
+        return weighted_mle_loss(generator_logps, weights)
+
+    def _selector_logps_now(self, rollouts: list[Rollout], scored: SelectorScores | None) -> torch.Tensor | None:
+        """Returns log p_s(z|x,d) under the current selector without gradient, `(B, m)`; `None`: nothing depends on it.
+
+        On policy these are the E-step's. Otherwise the selector has moved since, and the weights follow it.
+        """
+        if scored is not None:
+            return sum_over_tokens(scored.token_logps.detach())
+        if self._on_policy or self.args.selector_objective == "none":
+            return stacked_sums([r.old_selector_logps for r in rollouts], self.args.device)
+        with torch.no_grad():
+            return sum_over_tokens(self._score_selector(rollouts).token_logps)
+
+    def _score_selector(self, rollouts: list[Rollout], decisions: Decisions | None = None) -> SelectorScores:
+        logps, entropies = selector_logps(self.pipeline, self.args, rollouts, decisions)
+        metrics = {}
+        if entropies:
+            metrics["selector/entropy"] = torch.stack([of_query.mean() for of_query in entropies]).mean()
+        return SelectorScores(stack(logps, self.args.device), metrics)
+
+    def _selector_loss(
+        self,
+        rollouts: list[Rollout],
+        scored: SelectorScores,
+        weighting: Weighting,
+        share: float,
+        num_items: torch.Tensor,
+    ) -> LossOutput:
+        """Returns this batch's part of the micro-batch's loss."""
         if self.args.selector_objective == "dro":
-            output = weighted_mle_loss(sum_over_tokens(token_logps), weighting.advantages)
+            output = weighted_mle_loss(sum_over_tokens(scored.token_logps), weighting.advantages)
         else:
-            output = self._surrogate(token_logps, rollouts, weighting, num_items)
-        return LossOutput(output.loss, metrics | output.metrics)
+            output = self._surrogate(scored.token_logps, rollouts, weighting, num_items)
+        per_query = self.args.selector_objective == "dro" or self.loss_type in ("grpo", "dr_grpo")
+        return LossOutput(output.loss * (share if per_query else 1.0), scored.metrics | output.metrics)
 
     def _surrogate(
         self, token_logps: torch.Tensor, rollouts: list[Rollout], weighting: Weighting, num_items: torch.Tensor
@@ -305,7 +363,7 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
         mask = token_logps.isfinite()
         old = token_logps.detach()  # on-policy the ratio is exactly 1, as in TRL
         if not self._on_policy:
-            old = stack([r.old_selector_logps for r in rollouts], self.args.device)
+            old = stack([r.old_selector_logps for r in rollouts if r.old_selector_logps is not None], self.args.device)
         return clipped_surrogate_loss(
             token_logps.masked_fill(~mask, 0.0),
             old.masked_fill(~mask, 0.0),
@@ -314,16 +372,19 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
             self.epsilon_low,
             self.epsilon_high,
             self.loss_type,
-            # TRL counts the tokens of the generation batch; this call is one of its `steps_per_generation` parts.
-            num_items.clamp(min=1) / self.accelerator.num_processes / self.args.steps_per_generation,
+            num_items,
             self.max_completion_length,
         )
 
     def _weigh(
-        self, rollouts: list[Rollout], selector_logps: torch.Tensor, generator_logps: torch.Tensor
+        self, rollouts: list[Rollout], selector_logps: torch.Tensor | None, generator_logps: torch.Tensor
     ) -> Weighting:
         args = self.args
-        proposal_logps = sum_over_tokens(stack([r.proposal_logps for r in rollouts], self.args.device))
+        selector_logps = torch.zeros_like(generator_logps) if selector_logps is None else selector_logps
+        proposal_logps = stacked_sums([r.proposal_logps for r in rollouts], args.device)
+        if proposal_logps is None:  # the selector drew them, as it is or as it was
+            old = stacked_sums([r.old_selector_logps for r in rollouts], args.device)
+            proposal_logps = selector_logps if old is None else old
         scores = Scores(generator_logps, selector_logps, proposal_logps)
         objective = "dro" if args.selector_objective == "none" else args.selector_objective
         weighting = weigh(scores, objective, args.weight_temperature, args.baseline, args.scale_rewards)
@@ -334,66 +395,3 @@ class DROTrainer(AtomicCheckpoints, GRPOTrainer):
     def _touch(self, role: str) -> torch.Tensor:
         """A zero that depends on the role's adapter: a loss keeps its graph though no sample is valid."""
         return torch.stack([0.0 * p.sum() for p in self._trained_parameters()[role]]).sum()
-
-    def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Logs each scalar's mean over processes."""
-        mode = "train" if self.model.training else "eval"
-        values = torch.stack([v.detach().float().to(self.accelerator.device) for v in metrics.values()])
-        for name, value in zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True):
-            self._metrics[mode][name].append(value)
-
-    # ------------------------------------------------------------------------------------------------------ evaluation
-    def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Returns exact match, F1, recall@k and the bound `iw_elbo` of the whole system, decoded greedily.
-
-        The records of the questions stay in `last_records`, in the order of the rows.
-        """
-        rows = self.eval_dataset if eval_dataset is None else self._rows(eval_dataset, self.args)
-        if rows is None:
-            raise ValueError("evaluate() needs an eval_dataset")
-        mode = "train" if self.model.training else "eval"
-        self.model.eval()  # `log` names the metrics after the mode
-        self.last_records = evaluate_rows(
-            self.pipeline, rows, answer_target=self.args.answer_target, num_samples=self.args.num_generations
-        )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in aggregate(self.last_records).items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.model.train(mode == "train")
-        return metrics
-
-    # ------------------------------------------------------------------------------------------ optimizer, checkpoints
-    def _trained_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Returns the parameters of each role that is trained."""
-        objectives = {SELECTOR: self.args.selector_objective, GENERATOR: self.args.generator_objective}
-        return {role: self.pipeline.parameters(role) for role, objective in objectives.items() if objective != "none"}
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Creates the optimizer with one parameter group per trained role, each with its own learning rate."""
-        if self.optimizer is None:
-            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            rates = {SELECTOR: self.args.learning_rate, GENERATOR: self.args.generator_learning_rate}
-            groups = [
-                {
-                    "params": parameters,
-                    "lr": self.args.learning_rate if rates[role] is None else rates[role],
-                    "weight_decay": self.args.weight_decay,
-                }
-                for role, parameters in self._trained_parameters().items()
-            ]
-            self.optimizer = optimizer_cls(groups, **kwargs)
-        # The Trainer zeroes the gradients of `self.model` only; a separate generator is not part of it.
-        self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
-        return self.optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        """Clips each role by itself, so that one's large gradient does not shrink the other's."""
-        self.accelerator.unscale_gradients()
-        roles = self._trained_parameters().values()
-        norms = [nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm) for parameters in roles]
-        return torch.stack(norms).norm()

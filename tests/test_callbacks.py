@@ -59,7 +59,7 @@ def test_em_iterations_stop_a_real_run_and_survive_a_checkpoint(
 ) -> None:
     """Of four epochs a run does two when validation falls; resumed, it still knows what it had reached before."""
     scores = iter([0.5, 0.4])
-    monkeypatch.setattr(drorl.trainer, "aggregate", lambda records: {"f1": next(scores)})
+    monkeypatch.setattr(drorl.two_roles, "aggregate", lambda records: {"f1": next(scores)})
     settings: dict[str, Any] = {
         "train_rows": rows(4, 6),
         "eval_rows": rows(2, 6),

@@ -15,7 +15,7 @@ from runs import DEFAULTS, adapter_state, assert_identical, base_state, config, 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-import drorl.trainer
+import drorl.two_roles
 from drorl.adapters import GENERATOR, SELECTOR, activate
 from drorl.pipeline import SETTINGS_FILE, RAGPipeline
 from drorl.trainer import DROTrainer
@@ -94,7 +94,7 @@ def test_the_best_checkpoint_is_loaded_in_the_end(
 ) -> None:
     """With `load_best_model_at_end` both adapters end as validation liked them best, and that checkpoint is kept."""
     scores = iter([0.1, 0.9, 0.3, 0.2])
-    monkeypatch.setattr(drorl.trainer, "aggregate", lambda records: {"f1": next(scores)})
+    monkeypatch.setattr(drorl.two_roles, "aggregate", lambda records: {"f1": next(scores)})
     trainer = make_trainer(
         eval_rows=rows(2, 6),
         max_steps=4,
@@ -126,7 +126,7 @@ def test_the_best_step_need_not_have_been_saved(
 ) -> None:
     """Evaluated every step, saved every second, best after the first: training goes on, and no such file is named."""
     scores = iter([0.9, 0.1, 0.2, 0.3])
-    monkeypatch.setattr(drorl.trainer, "aggregate", lambda records: {"f1": next(scores)})
+    monkeypatch.setattr(drorl.two_roles, "aggregate", lambda records: {"f1": next(scores)})
     evaluation = {"eval_rows": rows(2, 6), "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "f1"}
     trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=1, **evaluation)
     trainer.train()

@@ -163,14 +163,14 @@ def exact(model: PeftModel, builder: PromptBuilder) -> Enumeration:
     """The enumeration, by the package's own code, which the first tests here compare with the naive one."""
     prompt = builder.selector(QUERY, CANDIDATES)
     activate(model, SELECTOR)
-    selector_logps = POLICY.permutation_logps(model, prompt, ALL, SCORES)[0].sum(dim=1)
+    selector_logps = decide(model, prompt).permutation_logps([ALL])[0][0].sum(dim=1)
     parameters = adapter_parameters(model, SELECTOR)
     rows = [torch.cat([g.flatten() for g in gradients(v, parameters, True).values()]) for v in selector_logps]
     contexts = [builder.generator(QUERY, [CANDIDATES[i] for i in z]) for z in ALL]
     answers = [builder.answer(answer) for answer in ANSWERS]
     activate(model, GENERATOR)
     with torch.no_grad():
-        generator_logps = answer_logps(model, contexts, answers)
+        generator_logps = answer_logps(model, contexts, [answers] * len(contexts))
     return Enumeration(prompt, contexts, answers, selector_logps.detach(), generator_logps, torch.stack(rows))
 
 
@@ -187,7 +187,7 @@ def test_the_probabilities_of_all_permutations_are_exact(
     prompt = PromptBuilder(tokenizer, kind, K).selector(QUERY, CANDIDATES)
     activate(model, SELECTOR)
     with torch.no_grad():
-        decisions, _ = policy.permutation_logps(model, prompt, ALL, SCORES)
+        decisions, _ = decide(model, prompt, policy).permutation_logps([ALL])[0]
         assert decisions.shape == (60, K)
         logps = decisions.sum(dim=1)
         assert abs(logps.exp().sum().item() - 1) < 1e-10
@@ -209,7 +209,7 @@ def test_the_entropies_along_the_permutations_average_to_the_entropy_of_the_poli
     """Under p_s, the sum of the decisions' entropies has the mean -sum_z p_s(z) log p_s(z); 1e-10 as above."""
     activate(model, SELECTOR)
     with torch.no_grad():
-        _, entropies = POLICY.permutation_logps(model, exact.prompt, ALL, SCORES)
+        _, entropies = decide(model, exact.prompt).permutation_logps([ALL])[0]
     expected = -(exact.prior * exact.selector_logps).sum()
     assert (exact.prior * entropies).sum().item() == pytest.approx(expected.item(), abs=1e-10)
 
@@ -217,7 +217,7 @@ def test_the_entropies_along_the_permutations_average_to_the_entropy_of_the_poli
 def test_a_retrieval_prior_without_scores_is_refused(model: PeftModel, exact: Enumeration) -> None:
     """A prior needs the retriever's scores; it is not silently left out."""
     with pytest.raises(ValueError, match="retrieval_prior_weight needs a `score`"):
-        POLICY.permutation_logps(model, exact.prompt, ALL, None)
+        Decisions(POLICY, model, [exact.prompt]).permutation_logps([ALL])
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
@@ -253,10 +253,10 @@ def test_with_exact_weights_the_surrogate_has_the_gradient_of_the_log_marginal_l
 
     weights = weigh(uniformly_proposed(exact)).importance_weights
     activate(model, SELECTOR)
-    selector_logps = POLICY.permutation_logps(model, exact.prompt, ALL, SCORES)[0].sum(dim=1)
+    selector_logps = decide(model, exact.prompt).permutation_logps([ALL])[0][0].sum(dim=1)
     actual: Gradients = gradients(weighted_mle_loss(selector_logps[None], weights).loss, selector)
     activate(model, GENERATOR)
-    generator_logps = answer_logps(model, exact.contexts, exact.answers)
+    generator_logps = answer_logps(model, exact.contexts, [exact.answers] * len(exact.contexts))
     actual |= gradients(weighted_mle_loss(generator_logps[None], weights).loss, generator)
     assert_same_gradients(actual, expected, rtol=1e-8)
 
@@ -324,11 +324,16 @@ def expected_distance(target: torch.Tensor, proposal: torch.Tensor, m: int) -> f
     return math.sqrt(2 / math.pi / m) * (deviations.square() @ ratios).sqrt().sum().item()
 
 
+def decide(model: PeftModel, prompt: SelectorPrompt, policy: SelectorPolicy = POLICY) -> Decisions:
+    """The package's decisions for one query."""
+    return Decisions(policy, model, [prompt], [SCORES])
+
+
 def posterior_estimate(exact: Enumeration, decisions: Decisions, draws: Sequence[Draw]) -> torch.Tensor:
     """What the weights of pooled draws put on each permutation, `(60,)`; the package computes p_s and the weights."""
     drawn = [z for draw in draws for z in draw.permutations]
     samples = torch.tensor([[ALL.index(z) for z in drawn]])
-    selector_logps = decisions.permutation_logps(drawn)[0].sum(dim=1)
+    selector_logps = decisions.permutation_logps([drawn])[0][0].sum(dim=1)
     proposal_logps = torch.cat([draw.proposal_logps for draw in draws]).sum(dim=1)
     scores = Scores(exact.generator_logps[samples], selector_logps[None], proposal_logps[None])
     return put_on_permutations(samples, weigh(scores).importance_weights)[0]
@@ -342,13 +347,13 @@ def test_off_policy_samples_converge_to_the_same_posterior(model: PeftModel, nai
     it would be 0.35, whatever m. q is exact too: each decision's log q sums to that of the naive computation.
     """
     activate(model, SELECTOR)
-    decisions = Decisions(POLICY, model, exact.prompt, SCORES)
+    decisions = decide(model, exact.prompt)
     with torch.no_grad():
         proposal = naive.permutation_logps(exact.prompt, POLICY, proposal_temperature=2.0)
     assert proposal.exp().sum().item() == pytest.approx(1, abs=1e-10)
     torch.manual_seed(0)
     for m in (1000, 4000):
-        draws = [decisions.sample(m, temperature=2.0) for _ in range(8)]
+        draws = [decisions.sample(m, temperature=2.0)[0] for _ in range(8)]
         drawn = torch.tensor([ALL.index(z) for z in draws[0].permutations])
         torch.testing.assert_close(draws[0].proposal_logps.sum(dim=1), proposal[drawn], rtol=0, atol=1e-10)
         distances = [(posterior_estimate(exact, decisions, [d]) - exact.posterior).abs().sum().item() for d in draws]
@@ -362,13 +367,13 @@ def test_every_first_choice_converges_to_the_same_posterior(model: PeftModel, ex
     posterior is within 25 % of its expectation, as above.
     """
     activate(model, SELECTOR)
-    decisions = Decisions(POLICY, model, exact.prompt, SCORES)
+    decisions = decide(model, exact.prompt)
     first_choices = torch.stack([exact.prior[[z[0] == first for z in ALL]].sum() for first in range(N)])
     proposal = exact.prior / first_choices[[z[0] for z in ALL]] / N
     torch.manual_seed(0)
     distances = []
     for _ in range(8):
-        draws = [decisions.sample(num_generations=99, every_first_choice=True) for _ in range(200)]
+        draws = [decisions.sample(num_generations=99, every_first_choice=True)[0] for _ in range(200)]
         assert [z[0] for z in draws[0].permutations] == list(range(N))
         assert draws[0].proposal_logps[:, 0].tolist() == pytest.approx([-math.log(N)] * N)
         distances.append((posterior_estimate(exact, decisions, draws) - exact.posterior).abs().sum().item())
@@ -393,10 +398,10 @@ def test_for_one_choice_the_enumeration_of_first_choices_is_exact(
     expected = gradients(-joint.logsumexp(dim=0), parameters)
 
     activate(model, SELECTOR)
-    draw = Decisions(POLICY, model, prompt, SCORES).sample(2, every_first_choice=True)
-    selector_logps = POLICY.permutation_logps(model, prompt, draw.permutations, SCORES)[0].sum(dim=1)
+    [draw] = decide(model, prompt).sample(2, every_first_choice=True)
+    selector_logps = decide(model, prompt).permutation_logps([draw.permutations])[0][0].sum(dim=1)
     activate(model, GENERATOR)
-    generator_logps = answer_logps(model, contexts, answers).detach()
+    generator_logps = answer_logps(model, contexts, [answers] * len(contexts)).detach()
     scores = Scores(generator_logps[None], selector_logps.detach()[None], draw.proposal_logps.sum(dim=1)[None])
     for baseline in ("none", "mean"):
         weighting = weigh(scores, baseline=baseline)
@@ -487,11 +492,11 @@ def test_the_sampler_draws_from_the_policy(model: PeftModel, exact: Enumeration)
     The wrong one draws at temperature 1.15; against it the test has to reject, or it would see no small mistake.
     """
     activate(model, SELECTOR)
-    decisions = Decisions(POLICY, model, exact.prompt, SCORES)
+    decisions = decide(model, exact.prompt)
     values = {}
     for temperature in (1.0, 1.15):
         torch.manual_seed(0)
-        drawn = decisions.sample(6000, temperature).permutations
+        drawn = decisions.sample(6000, temperature)[0].permutations
         counts = torch.tensor([ALL.index(z) for z in drawn]).bincount(minlength=60).double()
         values[temperature] = p_value(counts, exact.prior)
     assert values[1.0] > 0.001
@@ -501,13 +506,15 @@ def test_the_sampler_draws_from_the_policy(model: PeftModel, exact: Enumeration)
 def test_a_draw_knows_the_probability_of_its_decisions(model: PeftModel, exact: Enumeration) -> None:
     """On-policy, proposal_logps are log p_s of each decision, `(m, K)`, and p_s/q is 1, to rounding."""
     activate(model, SELECTOR)
-    decisions = Decisions(POLICY, model, exact.prompt, SCORES)
-    draw = decisions.sample(50)
+    decisions = decide(model, exact.prompt)
+    [draw] = decisions.sample(50)
     assert draw.proposal_logps.shape == (50, K)
-    logps, _ = decisions.permutation_logps(draw.permutations)
-    torch.testing.assert_close(draw.proposal_logps, logps, rtol=0, atol=1e-12)
     with torch.no_grad():
-        trained, _ = POLICY.permutation_logps(model, exact.prompt, draw.permutations, SCORES)
+        [(logps, _)] = decisions.permutation_logps([draw.permutations])
+    torch.testing.assert_close(draw.proposal_logps, logps, rtol=0, atol=1e-12)
+    [(trained, _)] = decisions.permutation_logps([draw.permutations])
+    assert trained.requires_grad
+    trained = trained.detach()
     torch.testing.assert_close(logps, trained, rtol=0, atol=1e-12)
 
 
@@ -516,7 +523,7 @@ def test_the_greedy_permutation_is_the_best_decision_at_each_step(
 ) -> None:
     """Each choice is the likeliest of those left given the ones before, as the naive computation of the model says."""
     activate(model, SELECTOR)
-    greedy = Decisions(POLICY, model, exact.prompt, SCORES).greedy()
+    greedy = decide(model, exact.prompt).greedy()[0]
     expected: Permutation = ()
     for _ in range(K):
         with torch.no_grad():
@@ -531,12 +538,13 @@ def test_each_decision_is_computed_once_whoever_asks(model: PeftModel, exact: En
     activate(model, SELECTOR)
     calls = []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    decisions = Decisions(POLICY, model, exact.prompt, SCORES)
-    draw = decisions.sample(8)
+    decisions = decide(model, exact.prompt)
+    [draw] = decisions.sample(8)
     decisions.greedy()
     passes = len(calls)
     assert 0 < passes <= 2 * K
-    decisions.permutation_logps(draw.permutations)
+    with torch.no_grad():
+        decisions.permutation_logps([draw.permutations])
     decisions.greedy()
     hook.remove()
     assert len(calls) == passes

@@ -1,32 +1,50 @@
-"""The packed prefix tree gives what encoding every sequence by itself gives: values and gradients."""
+"""Shared prefixes are encoded once, whichever way, and the numbers are those of encoding each sequence by itself."""
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers.integrations.flex_attention
 from helpers import Gradients, assert_same_gradients, gradients, widen_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
+import drorl.likelihood
+from drorl.adapters import SELECTOR, adapter_parameters
 from drorl.answers import answer_logps, scored_answers
-from drorl.likelihood import TokenTree, branch_logits, sequence_logps, tree_logits
+from drorl.attention import TREE_ATTENTION, uninstall
+from drorl.likelihood import PromptStates, TreeStates, backend_of, can_keep, sequence_logps
 
 Pair = tuple[list[int], list[int]]
 
 TOKENS = st.lists(st.integers(1, 4), min_size=1, max_size=5)  # few tokens, so that prefixes are shared by chance
 PAIRS = st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=6)
+LONG = [11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
 FORKED: list[Pair] = [
     ([1, 2, 3], [4, 5]),
     ([1, 2, 3], [4, 6, 7]),  # parts after one token of the completion
@@ -35,7 +53,10 @@ FORKED: list[Pair] = [
     ([1, 2], [3, 4, 5]),  # the same tokens, another boundary
     ([1, 2, 8, 9], [4, 5]),  # parts within the prompt
     ([7], [7, 7]),  # shares nothing
+    (LONG, [1, 2, 3]),  # longer than the sliding windows below
+    (LONG[:8], [4, 4]),  # parts within it
 ]
+BACKENDS = ("blocks", "mask", "cached", "repeated")
 
 
 def naive_logps(model: nn.Module, pairs: Sequence[Pair], temperature: float = 1.0) -> list[torch.Tensor]:
@@ -59,55 +80,66 @@ def gradient_of(model: nn.Module, logps: Sequence[torch.Tensor]) -> Gradients:
     return gradients(weighted_sum(logps), dict(model.named_parameters()))
 
 
-def family(name: str, attention: str, sliding_window: int | None = None) -> PreTrainedModel:
-    """A random float64 model of two layers of one of three families; only Mistral looks at the window."""
-    common = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.2,
-    }
+@contextmanager
+def through(backend: str, model: PreTrainedModel) -> Iterator[None]:
+    """Makes a model share prefixes in one way, as long as it lasts; that it can is checked first."""
+    assert drorl.likelihood._objection(model, model, backend) is None
+    drorl.likelihood._backends[model] = backend
+    yield
+    del drorl.likelihood._backends[model]
+    uninstall(model)
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+WINDOWED = ["sliding_attention", "full_attention"] * 2
+FAMILIES: dict[str, Callable[[str], PreTrainedModel]] = {
+    "llama": lambda a: LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation=a)),
+    "llama, tied": lambda a: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True, attn_implementation=a)),
+    "mistral, window": lambda a: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6, attn_implementation=a)),
+    "qwen3": lambda a: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, attn_implementation=a)),
+    "gemma3, windows": lambda a: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=5, layer_types=WINDOWED, attn_implementation=a)
+    ),
+    "smollm3, no rope": lambda a: SmolLM3ForCausalLM(
+        SmolLM3Config(
+            **SIZES, no_rope_layers=[1, 0, 1, 0], pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation=a
+        )
+    ),
+    "gpt2": lambda a: GPT2LMHeadModel(  # learnt positions, and a head that shares the embeddings
+        GPT2Config(
+            vocab_size=64,
+            n_positions=128,
+            n_embd=32,
+            n_layer=4,
+            n_head=4,
+            initializer_range=0.2,
+            attn_implementation=a,
+        )
+    ),
+    "gemma2, capped": lambda a: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, head_dim=8, sliding_window=5, attn_implementation=a)
+    ),
+    "mamba": lambda _: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)),
+}
+
+
+def family(name: str, attention: str = "sdpa") -> PreTrainedModel:
+    """A random float64 model of a few layers of some family."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if name == "qwen3":
-            model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=8, attn_implementation=attention))
-        elif name == "mistral":
-            model = MistralForCausalLM(
-                MistralConfig(**common, sliding_window=sliding_window, attn_implementation=attention)
-            )
-        else:  # learnt positions, and a head that shares the embeddings
-            sizes = {"vocab_size": 64, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
-            model = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2, attn_implementation=attention))
-    return widen_norms(model.to(torch.float64).eval())
-
-
-# ------------------------------------------------------------------------------------------------------------ the tree
-@given(st.lists(TOKENS, min_size=1, max_size=6))
-def test_a_tree_has_one_node_per_distinct_prefix(sequences: list[list[int]]) -> None:
-    """Nodes are the distinct prefixes, each path spells its sequence, a node sees its ancestors and itself only."""
-    tree = TokenTree()
-    paths = [tree.add(sequence) for sequence in sequences]
-    prefixes = {tuple(s[: t + 1]) for s in sequences for t in range(len(s))}
-    assert len(tree) == len(prefixes)
-    visible = tree.visibility()
-    for sequence, path in zip(sequences, paths, strict=True):
-        assert [tree.tokens[node] for node in path] == sequence
-        assert [tree.positions[node] for node in path] == list(range(len(sequence)))
-        for t, node in enumerate(path):
-            assert visible[node].nonzero().flatten().tolist() == path[: t + 1]
-
-
-def test_a_branch_continues_where_it_is_added() -> None:
-    """Adding below a node shares what is there, and positions go on counting."""
-    tree = TokenTree()
-    prompt = tree.add([5, 6, 7])
-    branch = tree.add([8, 9], prompt[1])
-    assert [tree.positions[node] for node in branch] == [2, 3]
-    assert tree.add([5, 6, 8]) == [*prompt[:2], branch[0]]
+        model = FAMILIES[name](attention)
+    model = model.to(torch.float64).eval()
+    # Those of Gemma and Mamba are of other forms.
+    return model if name.startswith(("gemma", "mamba")) else widen_norms(model)
 
 
 # ------------------------------------------------------------------------------------------------ values and gradients
@@ -132,33 +164,110 @@ def test_the_tree_equals_the_naive_computation_for_any_sequences(
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["qwen3", "mistral", "gpt2"])
-def test_the_tree_equals_the_naive_computation_in_other_families(name: str, attention: str) -> None:
-    """Qwen3 (norms of queries and keys), Mistral, GPT-2 (learnt positions): values and gradients to 1e-10.
+@pytest.mark.parametrize(
+    ("name", "attention", "expected"),
+    [
+        ("llama", "sdpa", ["blocks", "mask", "cached", "repeated"]),
+        ("llama", "eager", ["mask", "cached", "repeated"]),
+        ("llama, tied", "sdpa", ["blocks", "mask", "cached", "repeated"]),
+        ("mistral, window", "sdpa", ["blocks", "cached", "repeated"]),
+        ("mistral, window", "eager", ["cached", "repeated"]),
+        ("qwen3", "sdpa", ["blocks", "mask", "cached", "repeated"]),
+        ("gemma3, windows", "sdpa", ["blocks", "cached", "repeated"]),
+        ("smollm3, no rope", "sdpa", ["blocks", "mask", "cached", "repeated"]),
+        ("gpt2", "sdpa", ["blocks", "mask", "cached", "repeated"]),
+        ("gemma2, capped", "sdpa", ["cached", "repeated"]),
+        ("mamba", "eager", ["repeated"]),
+    ],
+)
+def test_every_way_that_a_family_can_go_is_exact(name: str, attention: str, expected: list[str]) -> None:
+    """Which ways pass the self-check, that the first is chosen, and that each gives the naive values and gradients.
 
-    With `eager` attention to 2e-6: transformers computes its softmax in float32 even in a float64 model.
+    1e-10 in float64, and 2e-6 where the norms compute in float32 whatever the model (Gemma); with `eager` attention,
+    whose softmax does so too, the model is a float32 one: 2e-5, hundreds of roundings of 6e-8.
     """
-    tolerance = {"sdpa": 1e-10, "eager": 2e-6}[attention]
     model = family(name, attention)
-    tree, naive = sequence_logps(model, FORKED), naive_logps(model, FORKED)
-    torch.testing.assert_close(torch.cat(tree), torch.cat(naive), rtol=0, atol=tolerance)
-    assert_same_gradients(gradient_of(model, tree), gradient_of(model, naive), rtol=tolerance)
+    tolerance = 2e-6 if name.startswith("gemma") else 1e-10
+    if attention == "eager":
+        model, tolerance = model.float(), 2e-5
+    naive = naive_logps(model, FORKED)
+    gradient = gradient_of(model, naive)
+    assert backend_of(model) == expected[0]
+    uninstall(model)
+    for backend in BACKENDS:
+        if backend not in expected:
+            assert drorl.likelihood._objection(model, model, backend)
+            continue
+        with through(backend, model):
+            logps = sequence_logps(model, FORKED)
+            torch.testing.assert_close(torch.cat(logps), torch.cat(naive), rtol=0, atol=tolerance)
+            assert_same_gradients(gradient_of(model, logps), gradient, rtol=tolerance)
 
 
-@pytest.mark.parametrize("window", [7, 8, None])
-def test_a_sequence_beyond_a_sliding_window_is_refused(window: int | None) -> None:
-    """The tree's mask replaces the model's own, which forgets tokens out of the window: an error, no wrong number.
+def test_a_family_that_cannot_share_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A recurrent model repeats its sequences; the log says so, with a reason for each way, the first time only."""
+    model = family("mamba", "eager")
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        sequence_logps(model, FORKED)
+        sequence_logps(model, FORKED)
+    (message,) = [r.getMessage() for r in caplog.records if "shared prefixes" in r.getMessage()]
+    for part in ("MambaForCausalLM", "repeated", "blocks: ", "linear_attention", "cached: "):
+        assert part in message
 
-    8 tokens are encoded; those that fit agree with the naive computation, 1e-10 as above.
+
+def test_an_attention_that_ignores_the_tree_is_found_out(
+    tiny_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model in which the packed tokens all see each other fails the self-check and goes another way, which is right.
+
+    The check does not touch torch's randomness.
     """
-    model = family("mistral", "sdpa", sliding_window=window)
-    pairs: list[Pair] = [([1, 2, 3, 4, 5, 6], [7, 8, 9])]
-    if window == 7:
-        with pytest.raises(ValueError, match="8 tokens exceeds.*window of 7.*max_prompt_length"):
-            sequence_logps(model, pairs)
-    else:
-        torch.testing.assert_close(sequence_logps(model, pairs), naive_logps(model, pairs), rtol=0, atol=1e-10)
+    model = tiny_model(torch.float64)
+    forward = type(model).forward
+
+    def deaf(self: nn.Module, *args: object, **kwargs: object) -> object:
+        mask = kwargs.get("attention_mask")
+        if kwargs.pop("tree", None) is not None or (mask is not None and mask.dim() == 4):
+            kwargs["attention_mask"] = None
+        return forward(self, *args, **kwargs)
+
+    state = torch.get_rng_state()
+    monkeypatch.setattr(type(model), "forward", deaf)
+    assert backend_of(model) == "cached"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(sequence_logps(model, FORKED), naive_logps(model, FORKED), rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_flex_attention_takes_the_tree_as_a_block_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model loaded with `attn_implementation="flex_attention"` gets the tree as a `BlockMask`, values to 1e-5.
+
+    On a CPU it has no backward pass, and it is not compiled here.
+    """
+    wrapper = transformers.integrations.flex_attention
+    monkeypatch.setattr(wrapper, "WrappedFlexAttention", lambda training: lambda: flex_attention)
+    with torch.no_grad():
+        expected = naive_logps(FAMILIES["llama"]("sdpa").eval(), FORKED)
+        torch.manual_seed(0)
+        model = FAMILIES["llama"]("flex_attention").eval()
+        torch.manual_seed(0)
+        expected = naive_logps(FAMILIES["llama"]("sdpa").eval(), FORKED)
+        assert backend_of(model) == "mask"
+        torch.testing.assert_close(sequence_logps(model, FORKED), expected, rtol=0, atol=1e-5)
+
+
+def test_generation_and_ordinary_passes_are_what_they_were(tiny_model: Callable[..., LlamaForCausalLM]) -> None:
+    """With the tree attention in place, padded batches and generation give the bits that they gave without."""
+    model = tiny_model()
+    ids, mask = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    logits, texts = model(**batch).logits, model.generate(**batch, max_new_tokens=4, do_sample=False)
+    backend_of(model)
+    assert model.config._attn_implementation == TREE_ATTENTION
+    assert torch.equal(model(**batch).logits, logits)
+    assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), texts)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -191,22 +300,106 @@ def test_a_temperature_divides_the_logits(tiny_model: Callable[..., LlamaForCaus
     torch.testing.assert_close(torch.cat(actual), torch.cat(expected), rtol=0, atol=1e-10)
 
 
-def test_branches_are_answered_in_the_order_asked(tiny_model: Callable[..., LlamaForCausalLM]) -> None:
-    """branch_logits gives the logits after prompt + branch, also for the empty branch and for one asked for twice."""
+# ---------------------------------------------------------------------------------------------------- growing states
+Question = list[tuple[int, tuple[int, ...]]]
+PROMPTS = st.lists(TOKENS, min_size=1, max_size=3)
+QUESTIONS = st.lists(
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(1, 4), max_size=4).map(tuple)), min_size=1, max_size=4),
+    min_size=1,
+    max_size=3,
+)
+
+
+def naive_after(model: nn.Module, prompts: Sequence[list[int]], question: Question) -> torch.Tensor:
+    """The next-token logits after each prompt and what follows it."""
+    sequences = [[*prompts[i], *tokens] for i, tokens in question]
+    return torch.stack([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in sequences])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25)
+@given(prompts=PROMPTS, questions=QUESTIONS)
+def test_prompts_answer_any_questions_one_after_the_other(
+    tiny_model: Callable[..., LlamaForCausalLM], backend: str, prompts: list[list[int]], questions: list[Question]
+) -> None:
+    """Whatever was asked before, also of another prompt, logits and their gradient are the naive ones, to 1e-10.
+
+    Among the questions are the empty branch, a branch twice, and the beginning or the end of an earlier one.
+    """
     model = tiny_model(torch.float64)
-    prompt, branches = [3, 1, 4, 1, 5], [(9, 2), (), (9,), (6,), (9, 2)]
-    actual = branch_logits(model, prompt, branches)
-    naive = [model(input_ids=torch.tensor([[*prompt, *branch]])).logits[0, -1] for branch in branches]
-    torch.testing.assert_close(actual, torch.stack(naive), rtol=0, atol=1e-10)
+    questions = [[(i % len(prompts), tokens) for i, tokens in question] for question in questions]
+    with through(backend, model):
+        states = PromptStates(model, prompts)
+        answers = torch.cat([states.logits_after(question) for question in questions])
+    naive = torch.cat([naive_after(model, prompts, question) for question in questions])
+    torch.testing.assert_close(answers, naive, rtol=0, atol=1e-10)
+    weights = torch.linspace(-1, 1, answers.numel(), dtype=torch.float64).view_as(answers).cos()
+    actual, expected = (
+        torch.autograd.grad((logits * weights).sum(), list(model.parameters())) for logits in (answers, naive)
+    )
+    for (name, _), a, e in zip(model.named_parameters(), actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_fork_has_no_gradient_and_leaves_no_trace(tiny_model: Callable[..., LlamaForCausalLM], backend: str) -> None:
+    """What is asked of a fork is right, needs no graph, and the states answer afterwards as if it had not been."""
+    model = tiny_model(torch.float64)
+    prompts, question = [[3, 1, 4, 1, 5]], [(0, (9, 2)), (0, ()), (0, (9,))]
+    with through(backend, model):
+        states = PromptStates(model, prompts)
+        fork = states.fork()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                fork.logits_after(question[:1]), naive_after(model, prompts, question[:1]), rtol=0, atol=1e-10
+            )
+            fork.logits_after([(0, (9, 2, 6))])
+        logits = states.logits_after(question)
+        assert logits.requires_grad
+        torch.testing.assert_close(logits, naive_after(model, prompts, question), rtol=0, atol=1e-10)
+
+
+def test_states_that_are_not_kept_answer_in_one_pass(tiny_model: Callable[..., LlamaForCausalLM]) -> None:
+    """`keep=False` encodes nothing before the first question, and prompt and branches together with it."""
+    model, question = tiny_model(torch.float64), [(0, (9, 2)), (1, ())]
+    backend_of(model)
+    prompts = [[3, 1, 4, 1, 5], [3, 1, 7]]
+    passes: list[int] = []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    states = PromptStates(model, prompts, keep=False)
+    assert not passes
+    logits = states.logits_after(question)
+    assert len(passes) == 1
+    hook.remove()
+    torch.testing.assert_close(logits, naive_after(model, prompts, question), rtol=0, atol=1e-10)
+
+
+def test_under_gradient_checkpointing_nothing_is_kept(adapted_model: Callable[..., PeftModel]) -> None:
+    """transformers drops the cache there: states are not kept, and one pass has the gradient that it has without.
+
+    1e-10 in float64.
+    """
+    model = adapted_model(torch.float64, randomise=True).train()
+    parameters = adapter_parameters(model, SELECTOR)
+    plain = gradients(weighted_sum(sequence_logps(model, FORKED)), parameters)
+    assert can_keep(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    assert not can_keep(model)
+    assert_same_gradients(gradients(weighted_sum(sequence_logps(model, FORKED)), parameters), plain, rtol=1e-10)
+    assert can_keep(model.eval())
 
 
 def test_nodes_may_be_asked_for_in_any_order(tiny_model: Callable[..., LlamaForCausalLM]) -> None:
     """The head is evaluated once per distinct node, and the rows come back in the order of the question."""
-    model, tree = tiny_model(torch.float64), TokenTree()
-    nodes = tree.add([3, 1, 4, 1, 5])
-    rows = tree_logits(model, tree, [nodes[4], nodes[0], nodes[4]])
-    whole = model(input_ids=torch.tensor([tree.tokens])).logits[0]
+    model = tiny_model(torch.float64)
+    states = TreeStates(model, keep=True)
+    nodes = states.tree.add([3, 1, 4, 1, 5])
+    rows = states.logits([nodes[4], nodes[0], nodes[4]])
+    whole = model(input_ids=torch.tensor([states.tree.tokens])).logits[0]
     torch.testing.assert_close(rows, whole[[4, 0, 4]], rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="encoded before"):
+        states.logits([nodes[1]])
 
 
 @pytest.mark.parametrize("pair", [([], [1]), ([1], [])])
@@ -231,6 +424,7 @@ def encoded_tokens(model: nn.Module, compute: Callable[[], object]) -> int:
 def test_every_distinct_prefix_is_encoded_once(tiny_model: Callable[..., LlamaForCausalLM]) -> None:
     """Encoded are the distinct prefixes of the sequences without their last token, which predicts nothing."""
     model = tiny_model()
+    backend_of(model)  # its self-check encodes tokens too
     inputs = [[*prompt, *completion[:-1]] for prompt, completion in FORKED]
     distinct = {tuple(ids[: t + 1]) for ids in inputs for t in range(len(ids))}
     assert encoded_tokens(model, lambda: sequence_logps(model, FORKED)) == len(distinct) < sum(map(len, inputs))
@@ -239,11 +433,12 @@ def test_every_distinct_prefix_is_encoded_once(tiny_model: Callable[..., LlamaFo
 def test_equal_prompts_are_encoded_once(tiny_model: Callable[..., LlamaForCausalLM]) -> None:
     """Eight permutations with the same context cost what one costs, and score the same."""
     model = tiny_model()
+    backend_of(model)
     prompt, answers = list(range(5, 45)), [[7, 8, 2], [7, 9, 2]]
-    once = encoded_tokens(model, lambda: answer_logps(model, [prompt], answers))
+    once = encoded_tokens(model, lambda: answer_logps(model, [prompt], [answers]))
     assert once == 40 + 3  # the answers share their first token, and their ends are not encoded
-    assert encoded_tokens(model, lambda: answer_logps(model, [prompt] * 8, answers)) == once
-    assert len(set(answer_logps(model, [prompt] * 8, answers).tolist())) == 1
+    assert encoded_tokens(model, lambda: answer_logps(model, [prompt] * 8, [answers] * 8)) == once
+    assert len(set(answer_logps(model, [prompt] * 8, [answers] * 8).tolist())) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -253,20 +448,20 @@ def test_the_likelihood_of_an_answer_is_the_sum_over_its_aliases(tiny_model: Cal
     prompts, answers = [[3, 1, 4], [1, 5, 9, 2]], [[6, 5, 2], [3, 2], [6, 2]]
     naive = [[naive_logps(model, [(p, a)])[0].sum().item() for a in answers] for p in prompts]
     expected = [math.log(sum(map(math.exp, row))) for row in naive]
-    assert answer_logps(model, prompts, answers).tolist() == pytest.approx(expected, abs=1e-10)
-    assert answer_logps(model, prompts, answers[:1]).tolist() == pytest.approx([r[0] for r in naive], abs=1e-10)
+    assert answer_logps(model, prompts, [answers] * 2).tolist() == pytest.approx(expected, abs=1e-10)
+    assert answer_logps(model, prompts, [answers[:1]] * 2).tolist() == pytest.approx([r[0] for r in naive], abs=1e-10)
 
 
 def test_a_sample_without_a_permutation_has_no_likelihood(tiny_model: Callable[..., LlamaForCausalLM]) -> None:
     """A prompt that is None scores -inf, at its place; the others are not moved, and gradients stay finite."""
     model = tiny_model(torch.float64)
     prompts, answers = [[3, 1, 4], [1, 5, 9, 2]], [[6, 5, 2]]
-    first, second = answer_logps(model, prompts, answers).tolist()
-    logps = answer_logps(model, [None, prompts[0], None, prompts[1]], answers)
+    first, second = answer_logps(model, prompts, [answers] * 2).tolist()
+    logps = answer_logps(model, [None, prompts[0], None, prompts[1]], [answers] * 4)
     assert logps.tolist() == pytest.approx([-math.inf, first, -math.inf, second], abs=1e-10)
-    alone = gradients(answer_logps(model, prompts, answers).sum(), dict(model.named_parameters()))
+    alone = gradients(answer_logps(model, prompts, [answers] * 2).sum(), dict(model.named_parameters()))
     assert_same_gradients(gradients(logps[[1, 3]].sum(), dict(model.named_parameters())), alone, rtol=1e-10)
-    assert answer_logps(model, [None, None], answers).tolist() == [-math.inf, -math.inf]
+    assert answer_logps(model, [None, None], [answers] * 2).tolist() == [-math.inf, -math.inf]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from drorl.adapters import GENERATOR, SELECTOR, activate, add_adapters
 from drorl.models import load_model_and_tokenizer
 from drorl.pipeline import PipelineSettings, RAGPipeline
-from drorl.policy import SelectorPolicy
+from drorl.policy import Decisions, SelectorPolicy
 
 Rows = list[dict[str, Any]]
 MakePipeline = Callable[..., RAGPipeline]
@@ -46,9 +46,9 @@ def test_selected_passages_are_distinct_and_their_logps_add_up(
         activate(pipeline.model, SELECTOR)
         prompt = pipeline.prompts.selector(row["query"], row["candidates"])
         with torch.no_grad():
-            prefixes = [indices[:t] for t in range(3)]
-            decisions = SelectorPolicy().decision_logps(pipeline.model, prompt, prefixes)
-            total = SelectorPolicy().permutation_logps(pipeline.model, prompt, [indices])[0].sum()
+            asked = Decisions(SelectorPolicy(), pipeline.model, [prompt])
+            [decisions] = asked.logps([[indices[:t] for t in range(3)]])
+            total = asked.permutation_logps([[indices]])[0][0].sum()
         assert tuple(decisions.argmax(dim=1).tolist()) == indices
         # Float32, the same tokens packed differently.
         assert [c.logp for c in chosen] == pytest.approx(decisions.max(dim=1).values.tolist(), abs=1e-5)

@@ -24,12 +24,14 @@ from runs import (
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import drorl.rollouts
 import drorl.trainer
 from drorl.adapters import GENERATOR, SELECTOR, activate, adapter_parameters
 from drorl.data.rows import RowError
-from drorl.losses import Scores
+from drorl.losses import LossOutput, Scores
 from drorl.policy import Decisions
 from drorl.prompts import PromptBuilder
+from drorl.rollouts import Rollout
 from drorl.trainer import DROTrainer
 
 ROLES = (SELECTOR, GENERATOR)
@@ -53,18 +55,24 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def record_rollouts(trainer: DROTrainer) -> list[tuple[dict[str, Any], Any]]:
-    """The list to which every E-step adds the rows that it was given and what it drew for each."""
-    rollouts: list[tuple[dict[str, Any], Any]] = []
-    e_step = trainer._generate_and_score_completions
+def record_rollouts(trainer: DROTrainer) -> list[tuple[dict[str, Any], Rollout]]:
+    """The list to which every M-step adds the rows that it is given and what was drawn for each, once."""
+    rollouts: list[tuple[dict[str, Any], Rollout]] = []
+    batch_loss = trainer._batch_loss
 
-    def recorded(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = e_step(inputs)
-        rollouts.extend(zip(inputs[:: trainer.num_generations], batch["rollouts"], strict=True))
-        return batch
+    def recorded(batch: list[Rollout], *args: Any) -> LossOutput:
+        known = [rollout for _, rollout in rollouts]
+        rollouts.extend((r.question.row, r) for r in batch if not any(r is other for other in known))
+        return batch_loss(batch, *args)
 
-    trainer._generate_and_score_completions = recorded
+    trainer._batch_loss = recorded
     return rollouts
+
+
+def policy_logps(trainer: DROTrainer, rollout: Rollout) -> torch.Tensor:
+    """log p_s of the rollout's permutations under the trainer's model as it is now, `(m, K)`."""
+    decisions = trainer.pipeline.decide([rollout.prompt], [rollout.scores], keep=False)
+    return decisions.permutation_logps([rollout.drawn])[0][0]
 
 
 def shown_candidates(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], rollout: Any) -> list[dict[str, Any]]:
@@ -225,7 +233,7 @@ def test_gradients_are_those_of_the_paper(
         supervised = sequence_logp(model, builder.generator(row["query"], row["candidates"][:2]), answer)
         expected[GENERATOR].append(supervised if generator_objective == "sft" else (weights * logps).sum())
         activate(model, SELECTOR)
-        policy = trainer.pipeline.policy.permutation_logps(model, rollout.prompt, rollout.permutations)[0].sum(dim=1)
+        policy = policy_logps(trainer, rollout).sum(dim=1)
         others = (1 - weights) / (len(weights) - 1) if baseline == "leave_one_out" else 0.0
         expected[SELECTOR].append(((weights - others) * policy).sum())
     for role in ROLES:
@@ -302,8 +310,7 @@ def test_a_second_iteration_follows_the_moved_selector(make_trainer: Make, score
         (rollout,) = inputs["rollouts"]
         activate(model, SELECTOR)
         with torch.no_grad():
-            policy = trainer.pipeline.policy
-            moved.append(policy.permutation_logps(model, rollout.prompt, rollout.permutations)[0].sum(dim=1))
+            moved.append(policy_logps(trainer, rollout).sum(dim=1))
         return compute_loss(model, inputs)
 
     trainer._compute_loss = recorded
@@ -339,8 +346,10 @@ def test_a_flatter_proposal_is_corrected(make_trainer: Make, scores: list) -> No
     """With `proposal_temperature=2` p_s stays the policy's, q is the flatter one's, and the weights contain p_s/q."""
     trainer = make_trainer(max_steps=1, proposal_temperature=2.0)
     rollouts = record_rollouts(trainer)
-    decisions = [trainer.pipeline.decisions(row["query"], row["candidates"]) for row in trainer.train_dataset]
-    first_logps = {tuple(d.prompt.ids): d.logps([()])[0] for d in decisions}
+    queries, candidates = ([row[key] for row in trainer.train_dataset] for key in ("query", "candidates"))
+    decisions = trainer.pipeline.decisions(queries, candidates)
+    first_choices = decisions.logps([[()]] * len(queries))
+    first_logps = {tuple(p.ids): rows[0] for p, rows in zip(decisions.prompts, first_choices, strict=True)}
     trainer.train()
     ((given, weights),) = scores
     assert given.log_ratio.abs().min() > 1e-4
@@ -351,7 +360,7 @@ def test_a_flatter_proposal_is_corrected(make_trainer: Make, scores: list) -> No
         policy = first_logps[tuple(rollout.prompt.ids)]
         flatter = torch.log_softmax(policy / 2, dim=-1)
         chosen = torch.tensor([z[0] for z in rollout.permutations])
-        torch.testing.assert_close(rollout.old_selector_logps[:, 0], policy[chosen], atol=1e-5, rtol=0)
+        assert rollout.old_selector_logps is None  # on policy, they are the M-step's own
         torch.testing.assert_close(rollout.proposal_logps[:, 0], flatter[chosen], atol=1e-5, rtol=0)
 
 
@@ -371,13 +380,16 @@ def test_a_query_of_nan_is_skipped_and_counted(
     """
     trainer = make_trainer(max_steps=2, generator_objective=generator_objective)
     rollouts = record_rollouts(trainer)
-    real = drorl.trainer.answer_logps
+    real = drorl.rollouts.answer_logps
 
     def poisoned(model: nn.Module, prompts: Any, answers: Any) -> torch.Tensor:
         logps = real(model, prompts, answers)
-        return logps * math.nan if answers == rollouts[0][1].answers else logps
+        bad = torch.tensor(
+            [a == rollouts[0][1].answers and p is not None for p, a in zip(prompts, answers, strict=True)]
+        )
+        return torch.where(bad, logps * math.nan, logps) if bad.any() else logps
 
-    monkeypatch.setattr(drorl.trainer, "answer_logps", poisoned)
+    monkeypatch.setattr(drorl.rollouts, "answer_logps", poisoned)
     before = {role: adapter_state(trainer.model, role) for role in ROLES}
     trainer.train()
     assert finite(trainer.model)
@@ -491,9 +503,9 @@ def test_evaluation_takes_as_many_samples_as_training(
     sample = Decisions.sample
 
     def counted(self: Decisions, count: int, *args: Any, **kwargs: Any) -> Any:
-        draw = sample(self, count, *args, **kwargs)
-        counts.append(len(draw.permutations))
-        return draw
+        draws = sample(self, count, *args, **kwargs)
+        counts.extend(len(draw.permutations) for draw in draws)
+        return draws
 
     monkeypatch.setattr(Decisions, "sample", counted)
     make_trainer(eval_rows=rows(3, 6), num_generations=num_generations).evaluate()

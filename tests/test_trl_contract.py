@@ -5,7 +5,9 @@ When a test here fails after an upgrade, the message says which name changed; no
 
 import ast
 import inspect
+import textwrap
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 from trl import __version__ as trl_version
 
-import drorl.trainer
 from drorl.checkpoints import AtomicCheckpoints
 from drorl.trainer import OVERRIDDEN_TRL_HOOKS, USED_TRL_HOOKS, DROTrainer
+from drorl.two_roles import TwoRoleTrainer
 
 HOOKS = {**OVERRIDDEN_TRL_HOOKS, **USED_TRL_HOOKS}
 
@@ -51,7 +53,7 @@ def own_names() -> set[str]:
     """The methods and properties that `DROTrainer` defines, `__init__` and TRL's labels for model cards apart."""
     return {
         name
-        for name, value in (*vars(DROTrainer).items(), *vars(AtomicCheckpoints).items())
+        for name, value in (*vars(DROTrainer).items(), *vars(TwoRoleTrainer).items(), *vars(AtomicCheckpoints).items())
         if not name.startswith("__") and (callable(value) or isinstance(value, (property, staticmethod)))
     }
 
@@ -63,10 +65,9 @@ def test_the_list_of_overrides_is_complete() -> None:
 
 def attributes_of_self() -> tuple[set[str], set[str]]:
     """The names that the methods of `DROTrainer` read from `self`, and those that they set."""
-    tree = ast.parse(Path(inspect.getfile(drorl.trainer)).read_text())
-    trainer = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "DROTrainer")
+    classes = [ast.parse(textwrap.dedent(inspect.getsource(cls))) for cls in (DROTrainer, TwoRoleTrainer)]
     read, written = set(), set()
-    for node in ast.walk(trainer):
+    for node in chain.from_iterable(map(ast.walk, classes)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
             (written if isinstance(node.ctx, ast.Store) else read).add(node.attr)
     return read, written

@@ -1,0 +1,98 @@
+"""What the Trainer does for one model, done for two roles: gradients, optimizer, clipping, evaluation, logs."""
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from .adapters import GENERATOR, SELECTOR
+from .checkpoints import AtomicCheckpoints
+from .evaluation import Record, aggregate, evaluate_rows
+from .pipeline import RAGPipeline
+
+
+class TwoRoleTrainer(AtomicCheckpoints):
+    """A trainer of the selector and the generator in `pipeline`, each with its own loss and learning rate."""
+
+    pipeline: RAGPipeline
+    last_records: list[Record]
+
+    def _trained_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Returns the parameters of each role that is trained."""
+        objectives = {SELECTOR: self.args.selector_objective, GENERATOR: self.args.generator_objective}
+        return {role: self.pipeline.parameters(role) for role, objective in objectives.items() if objective != "none"}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Creates the optimizer with one parameter group per trained role, each with its own learning rate."""
+        if self.optimizer is None:
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rates = {SELECTOR: self.args.learning_rate, GENERATOR: self.args.generator_learning_rate}
+            groups = [
+                {
+                    "params": parameters,
+                    "lr": self.args.learning_rate if rates[role] is None else rates[role],
+                    "weight_decay": self.args.weight_decay,
+                }
+                for role, parameters in self._trained_parameters().items()
+            ]
+            self.optimizer = optimizer_cls(groups, **kwargs)
+        # The Trainer zeroes the gradients of `self.model` only; a separate generator is not part of it.
+        self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """Clips each role by itself, so that one's large gradient does not shrink the other's."""
+        self.accelerator.unscale_gradients()
+        roles = self._trained_parameters().values()
+        norms = [nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm) for parameters in roles]
+        return torch.stack(norms).norm()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One forward and backward pass of each role; the last of an accumulation averages gradients over processes.
+
+        DDP cannot do that: it expects one forward and one backward pass, here are two of each. So the bare models run.
+        """
+        if self.pipeline.generator_model is not None:
+            self.pipeline.generator_model.train()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            for p in chain.from_iterable(self._trained_parameters().values()):
+                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+        return loss
+
+    def _log_means(self, metrics: Mapping[str, torch.Tensor | float]) -> None:
+        """Logs each scalar's mean over processes."""
+        mode = "train" if self.model.training else "eval"
+        scalars = [torch.as_tensor(value).detach().float() for value in metrics.values()]
+        values = torch.stack([scalar.to(self.accelerator.device) for scalar in scalars])
+        for name, value in zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True):
+            self._metrics[mode][name].append(value)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Returns exact match, F1, recall@k and the bound `iw_elbo` of the whole system, decoded greedily.
+
+        The records of the questions stay in `last_records`, in the order of the rows.
+        """
+        rows = self.eval_dataset if eval_dataset is None else self._rows(eval_dataset, self.args)
+        if rows is None:
+            raise ValueError("evaluate() needs an eval_dataset")
+        mode = "train" if self.model.training else "eval"
+        self.model.eval()  # `log` names the metrics after the mode
+        self.last_records = evaluate_rows(
+            self.pipeline, rows, answer_target=self.args.answer_target, num_samples=self.args.num_generations
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in aggregate(self.last_records).items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train(mode == "train")
+        return metrics
