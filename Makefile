@@ -48,8 +48,8 @@ format: $(INSTALLED) ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) ## time the likelihood against its floor on this machine
-	$(BIN)/python benchmarks/likelihood.py $(ARGS)
+bench: $(INSTALLED) ## time a step against stock TRL and against its floor
+	$(BIN)/python benchmarks/step.py --quick $(ARGS)
 
 clean: ## remove .venv and caches; outputs/ and the data cache stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 from .attention import Layout, install, uninstall
+from .errors import InvalidInputError
 from .tree import Segment, TokenTree
 
 logger = logging.get_logger(__name__)
@@ -229,11 +230,7 @@ def _extended(
 
 # ----------------------------------------------------------------------------------------------------------- back ends
 def backend_of(model: nn.Module) -> str:
-    """Returns how prefixes are shared under this model; decided and logged at first use.
-
-    Raises:
-        NotImplementedError: if the model computes other numbers for equal inputs, which dropout makes it do.
-    """
+    """Returns how prefixes are shared under this model; decided and logged at first use."""
     base = _base(model)
     if base not in _backends:
         _backends[base] = _choose(model, base)
@@ -320,6 +317,24 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
 def can_keep(model: nn.Module) -> bool:
     """Whether states can be kept with their gradient: gradient checkpointing throws them away."""
     return not (_base(model).is_gradient_checkpointing and model.training)
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Checks that equal prefixes have equal states.
+
+    Raises:
+        InvalidInputError: if the model drops out: sequences that share a prefix would share its noise.
+    """
+    config = _base(model).config.get_text_config()
+    rates = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    if getattr(config, "attention_dropout", 0.0):
+        rates["attention_dropout"] = config.attention_dropout
+    if rates:
+        name, rate = next(iter(rates.items()))
+        raise InvalidInputError(
+            f"dropout of {rate} in {name}: sequences that share a prefix would share its noise; set lora_dropout=0 in "
+            "the LoraConfig, or disable_dropout=True"
+        )
 
 
 def _base(model: nn.Module) -> PreTrainedModel:

@@ -33,6 +33,7 @@ from .config import DROConfig
 from .data.rows import validate_rows
 from .errors import InvalidInputError
 from .evaluation import Record
+from .likelihood import refuse_dropout
 from .losses import LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
 from .pipeline import PipelineSettings, RAGPipeline
 from .policy import Decisions
@@ -53,7 +54,7 @@ from .rollouts import (
     stacked_sums,
     sum_over_tokens,
 )
-from .two_roles import TwoRoleTrainer
+from .two_roles import TwoRoleTrainer, peak_memory
 
 # Every private name of TRL and transformers that is overridden or used here; tests/test_trl_contract.py checks each
 # against the installed version, so that an upgrade fails with one clear message.
@@ -164,6 +165,8 @@ class DROTrainer(TwoRoleTrainer):
             generator_processing_class or generator_tokenizer,
         )
         self.last_records: list[Record] = []
+        for module in filter(None, (self.model, generator_model)):
+            refuse_dropout(module)
         needed = args.generation_batch_size // args.num_generations
         if len(self.train_dataset) < needed:
             raise InvalidInputError(
@@ -242,7 +245,7 @@ class DROTrainer(TwoRoleTrainer):
                 decisions = decisions_over(self.pipeline, self.args, inputs["questions"])
                 rollouts = draw_rollouts(self.pipeline, self.args, inputs["questions"], decisions)
                 scored = self._score_selector(rollouts, decisions)
-        self._log_means({**describe(rollouts), "passages/truncated_ratio": self.pipeline.prompts.truncated_ratio})
+        described = describe(rollouts) | {"passages/truncated_ratio": self.pipeline.prompts.truncated_ratio}
         items = torch.tensor(float(sum(r.num_items for r in rollouts)))
         if self.loss_type == "dapo":  # TRL counts the generation batch of all processes, of which this is a part
             items = inputs["num_items_in_batch"] / self.accelerator.num_processes / self.args.steps_per_generation
@@ -256,7 +259,7 @@ class DROTrainer(TwoRoleTrainer):
             loss = output.loss + loss.detach()
             for name, value in output.metrics.items():
                 metrics[name] += share * value
-        self._log_means(metrics)
+        self._log_means({**described, **metrics, "memory/peak_gib": peak_memory()})
         return loss
 
     def _batch_loss(

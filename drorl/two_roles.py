@@ -1,5 +1,6 @@
 """What the Trainer does for one model, done for two roles: gradients, optimizer, clipping, evaluation, logs."""
 
+import resource
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -12,6 +13,13 @@ from .adapters import GENERATOR, SELECTOR
 from .checkpoints import AtomicCheckpoints
 from .evaluation import Record, aggregate, evaluate_rows
 from .pipeline import RAGPipeline
+
+
+def peak_memory() -> float:
+    """Returns the most memory that was in use so far, GiB: of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 class TwoRoleTrainer(AtomicCheckpoints):
