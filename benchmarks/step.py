@@ -373,6 +373,38 @@ def compare(repetitions: int, threads: int) -> dict[str, Any]:
     }
 
 
+KINDS = {  # of operators, by a part of their name; the first that fits
+    "attention": ("scaled_dot_product",),
+    "matrix products": ("::mm", "::bmm", "::addmm"),
+    "copies and casts": ("copy_", "::cat", "index", "gather", "scatter", "fill_", "zero_"),
+    "element by element": (
+        "::mul",
+        "::add",
+        "::silu",
+        "::pow",
+        "::div",
+        "::neg",
+        "::sum",
+        "::mean",
+        "::sub",
+        "softmax",
+    ),
+}
+
+
+def profile(bench: Bench) -> dict[str, float]:
+    """Where the time of one step of drorl goes: the share of each kind of operator."""
+    bench.drorl(bench.rows[-1])
+    with torch.profiler.profile() as profiler:
+        bench.drorl(bench.rows[0])
+    shares: dict[str, float] = dict.fromkeys([*KINDS, "everything else"], 0.0)
+    for event in profiler.key_averages():
+        fits = (kind for kind, parts in KINDS.items() if any(part in event.key for part in parts))
+        shares[next(fits, "everything else")] += event.self_cpu_time_total
+    total = sum(shares.values())
+    return {kind: round(share / total, 3) for kind, share in shares.items()}
+
+
 def plot(result: dict[str, Any], folder: Path) -> None:
     """Draws the step times and how they grow with m and N."""
     from matplotlib.figure import Figure
@@ -402,11 +434,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="3 repetitions instead of 9")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--side", choices=["drorl", "trl"], help="two steps of one side; prints its peak memory, MiB")
+    parser.add_argument(
+        "--profile", action="store_true", help="where the time of one step of drorl goes, nothing else"
+    )
     parser.add_argument("--output", type=Path, default=None, help="folder for step.svg and step.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.side:
         run_side(args.side)
+        return
+    if args.profile:
+        print(json.dumps(profile(Bench())))
         return
     result = compare(3 if args.quick else 9, args.threads)
     if args.output:

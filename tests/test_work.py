@@ -74,7 +74,7 @@ def test_on_policy_every_distinct_token_is_encoded_once(make_trainer: Make) -> N
 def test_a_bound_on_the_tokens_of_a_pass_leaves_the_gradients_alone(
     settings: dict[str, Any], make_trainer: Make, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Query by query (of 200 tokens), the prompts encoded again for the loss: gradients as in one pass, to rounding."""
+    """Query by query (200 tokens), prompts encoded again for the loss: gradients as in one pass, to rounding."""
     settings = settings | {"max_completion_length": 12, "generation_kwargs": near_permutations(tokenizer)}
     whole = one_step_gradients(make_trainer, **settings)
     bounded = one_step_gradients(make_trainer, max_tokens_per_forward=300, **settings)
