@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .tree import TokenTree, cut
@@ -33,7 +33,7 @@ class Layout:
     """
 
     def __init__(self, tree: TokenTree, slots: Sequence[int], device: torch.device, dtype: torch.dtype):
-        blocks = cut(tree, len(slots))
+        blocks = cut(tree, len(slots), device.type)
         self.order = [node for block in blocks for node in block.nodes]
         self.slots = [*slots, *[0] * len(self.order)]
         """Where the keys of each node stand once the new ones are appended to the cache."""
@@ -43,51 +43,55 @@ class Layout:
         """The sliding window of each layer that has attended along this layout."""
         self.blocks: list[_PackedBlock] = []
         positions = torch.tensor(tree.positions)
-        start = 0
+        self.blocks: list[_PackedBlock] = []
+        keys: list[int] = []
         for block in blocks:
-            queries = slice(start, start + len(block.nodes))
-            keys = [*block.path, *block.nodes]
-            distances = positions[block.nodes][:, None] - positions[keys]
+            seen = [*block.path, *block.nodes]
+            keys += [self.slots[node] for node in seen]
             visible = None if block.is_causal(tree) else block.visibility(tree)
-            index = _index([self.slots[node] for node in keys], device)
-            self.blocks.append(_PackedBlock(queries, index, visible, distances, device, dtype))
-            start = queries.stop
+            self.blocks.append(_PackedBlock(visible, positions[block.nodes], positions[seen], device, dtype))
+        self.num_queries = [len(block.nodes) for block in blocks]
+        self.num_keys = [len(block.path) + len(block.nodes) for block in blocks]
+        self._keys = None if keys == list(range(len(self.slots))) else torch.tensor(keys, device=device)
 
+    def split_queries(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns what each block asks with, of `(1, heads, n, d)`."""
+        return states.split(self.num_queries, dim=2)
 
-def _index(slots: list[int], device: torch.device) -> slice | torch.Tensor:
-    contiguous = slots == list(range(slots[0], slots[0] + len(slots)))
-    return slice(slots[0], slots[0] + len(slots)) if contiguous else torch.tensor(slots, device=device)
+    def split_keys(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns what each block sees, of keys or values `(1, heads, slots, d)`.
+
+        One selection for all blocks together: in backward, each of its own would fill a gradient of the whole row.
+        """
+        if self._keys is not None:
+            states = states.index_select(2, self._keys)
+        return states.split(self.num_keys, dim=2)
 
 
 class _PackedBlock:
-    """One dense product: the queries of a block attend to its keys, which are in the cache or among the new ones."""
+    """Who sees whom in one dense product."""
 
     def __init__(
         self,
-        queries: slice,
-        keys: slice | torch.Tensor,
         visible: torch.Tensor | None,
-        distances: torch.Tensor,
+        of_queries: torch.Tensor,
+        of_keys: torch.Tensor,
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.queries, self._keys = queries, keys
-        self._visible, self._distances = visible, distances
+        self._visible, self._of_queries, self._of_keys = visible, of_queries, of_keys
         self._device, self._dtype = device, dtype
-        self._reach = int(distances.max())
         self._masks: dict[int | None, torch.Tensor | None] = {}
-
-    def select(self, states: torch.Tensor) -> torch.Tensor:
-        """Selects the block's keys or values from `(1, heads, slots, d)`; a view where the slots are contiguous."""
-        return states[:, :, self._keys] if isinstance(self._keys, slice) else states.index_select(2, self._keys)
 
     def mask(self, window: int | None) -> torch.Tensor | None:
         """Returns the additive mask `(queries, keys)`; `None` where plain causal attention is the same."""
-        window = window if window is not None and self._reach >= window else None
+        # Every path begins at the root, position 0: the last query reaches as far back as its own position.
+        window = window if window is not None and self._of_queries.max() >= window else None
         if window not in self._masks:
             visible = self._visible
             if window is not None:
-                visible = (self._distances >= 0 if visible is None else visible) & (self._distances < window)
+                distances = self._of_queries[:, None] - self._of_keys
+                visible = (distances >= 0 if visible is None else visible) & (distances < window)
             mask = None
             if visible is not None:
                 mask = torch.zeros(visible.shape, dtype=self._dtype).masked_fill(~visible, -torch.inf)
@@ -115,11 +119,9 @@ def tree_attention(
         raise NotImplementedError(f"the model's attention takes {', '.join(sorted(unknown))}")
     window = kwargs.get("sliding_window")
     tree.windows.append(window)
-    outputs = []
-    for block in tree.blocks:
-        mask = block.mask(window)
-        states = query[:, :, block.queries], block.select(key), block.select(value)
-        outputs.append(_attend(*states, mask, kwargs.get("scaling") or query.shape[-1] ** -0.5).transpose(1, 2))
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    states = zip(tree.split_queries(query), tree.split_keys(key), tree.split_keys(value), tree.blocks, strict=True)
+    outputs = [_attend(q, k, v, block.mask(window), scale).transpose(1, 2) for q, k, v, block in states]
     return torch.cat(outputs, dim=1), None
 
 
@@ -130,8 +132,11 @@ def _attend(
     pairs = query.shape[2] * key.shape[2]
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and pairs <= _MAX_PAIRS_AS_PRODUCTS:
         return _as_products(query, key, value, mask, scale)
+    groups = query.shape[1] // key.shape[1]
+    if mask is not None and query.device.type != "cpu":  # PyTorch's fast kernels there take groups or a mask, not both
+        key, value, groups = repeat_kv(key, groups), repeat_kv(value, groups), 1
     return scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
     )
 
 

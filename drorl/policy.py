@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .likelihood import PromptStates, can_keep
+from .likelihood import PromptStates
 from .permutations import Permutation, prefixes_of
 from .prompts import SelectorPrompt
+from .states import can_keep
 
 Prefixes = Sequence[Permutation]
 

@@ -17,7 +17,7 @@ from .answers import answer_logps, scored_answers
 from .config import DROConfig
 from .errors import InvalidInputError
 from .likelihood import sequence_logps
-from .permutations import Permutation, parse_permutation
+from .permutations import Permutation, parse_permutation, prefixes_of
 from .pipeline import Passage, RAGPipeline
 from .policy import Decisions
 from .prompts import SelectorPrompt
@@ -82,12 +82,14 @@ class Rollout:
     @property
     def size(self) -> int:
         """Distinct tokens that the larger of the two models encodes."""
-        completions = self.completion_ids or [self.prompt.slate.token_ids(z) for z in self.drawn]
+        completions: Sequence[Sequence[int]] = self.completion_ids or []
+        if not completions:
+            completions = self.prompt.slate.decisions(prefixes_of(self.drawn)).contexts
         selector, generator = TokenTree(), TokenTree()
         end = selector.add(self.prompt.ids)[-1]
         for tokens in completions:
             selector.add(tokens, end)
-        for context in filter(None, self.contexts):
+        for context in filter(None, [*self.contexts, self.supervised_context]):
             end = generator.add(context)[-1]
             for answer in self.answers:
                 generator.add(answer, end)
@@ -153,7 +155,9 @@ def draw_rollouts(
         every_first_choice = config.proposal == "first_choices"
         generators = [torch.Generator().manual_seed(question.seed) for question in questions]
         sampled = decisions.sample(config.num_generations, config.proposal_temperature, every_first_choice, generators)
-        draws = [(draw.permutations, draw.proposal_logps) for draw in sampled]
+        # Drawn from the policy itself, its own probabilities are q, without the rounding of another pass.
+        own = config.proposal == "policy" and config.proposal_temperature == 1.0
+        draws = [(draw.permutations, None if own else draw.proposal_logps) for draw in sampled]
     return [
         Rollout(
             question=question,

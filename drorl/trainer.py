@@ -29,11 +29,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import logging
 
 from .adapters import GENERATOR, ROLES, SELECTOR, load_with_adapters
+from .backends import backend_of, refuse_dropout
 from .config import DROConfig
 from .data.rows import validate_rows
 from .errors import InvalidInputError
 from .evaluation import Record
-from .likelihood import refuse_dropout
 from .losses import LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
 from .pipeline import PipelineSettings, RAGPipeline
 from .policy import Decisions
@@ -54,6 +54,7 @@ from .rollouts import (
     stacked_sums,
     sum_over_tokens,
 )
+from .states import checkpoints_gradients
 from .two_roles import TwoRoleTrainer, peak_memory
 
 # Every private name of TRL and transformers that is overridden or used here; tests/test_trl_contract.py checks each
@@ -153,10 +154,7 @@ class DROTrainer(TwoRoleTrainer):
         if generator_model is not None:
             if generator_processing_class is None and generator_tokenizer is None:
                 raise ValueError("generator_model is an object: pass its tokenizer as generator_processing_class")
-            if args.gradient_checkpointing:  # the Trainer does this for `model` only
-                generator_model.enable_input_require_grads()
-                generator_model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-            generator_model = self.accelerator.unwrap_model(self.accelerator.prepare_model(generator_model))
+            generator_model = self._prepared(generator_model)
         self.pipeline = RAGPipeline(
             self.model,
             self.processing_class,
@@ -167,6 +165,7 @@ class DROTrainer(TwoRoleTrainer):
         self.last_records: list[Record] = []
         for module in filter(None, (self.model, generator_model)):
             refuse_dropout(module)
+            backend_of(module)  # how prefixes are shared is found out, and logged, before the first step
         needed = args.generation_batch_size // args.num_generations
         if len(self.train_dataset) < needed:
             raise InvalidInputError(
@@ -194,7 +193,8 @@ class DROTrainer(TwoRoleTrainer):
         Then no prompt is encoded twice. Where memory is short (`max_tokens_per_forward`, gradient checkpointing) each
         graph is gone before the next one is built, and what comes first is computed without one.
         """
-        return self.args.max_tokens_per_forward is None and not self.args.gradient_checkpointing
+        models = filter(None, (self.pipeline.model, self.pipeline.generator_model))
+        return self.args.max_tokens_per_forward is None and not any(map(checkpoints_gradients, models))
 
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class DROTrainer(TwoRoleTrainer):
         rows = inputs[:: self.num_generations]
         order = f"{self.args.seed}/{self.state.global_step}"
         shown = [self.pipeline.present(row["query"], row["candidates"], order) for row in rows]
-        # Free text is sampled by TRL, and nothing else may take from its randomness.
+        # TRL samples free text, and nothing else may take from its randomness.
         seeds = torch.randint(2**62, (len(rows),)).tolist() if self.args.constrained else [0] * len(rows)
         questions = [Question(*question) for question in zip(rows, shown, seeds, strict=True)]
         rollouts = None
@@ -213,9 +213,11 @@ class DROTrainer(TwoRoleTrainer):
             texts = self._generate_texts(questions)
             rollouts = [read_rollout(self.pipeline, self.args, *q) for q in zip(questions, texts, strict=True)]
             if not self._on_policy:
-                rollouts = remember(self.pipeline, self.args, rollouts)
+                groups = batches(rollouts, self.args.max_tokens_per_forward)
+                rollouts = [r for group in groups for r in remember(self.pipeline, self.args, group)]
         elif not (self._on_policy and self._one_pass):
-            together = [questions] if self._one_pass else [[question] for question in questions]
+            apart = self.args.max_tokens_per_forward is not None
+            together = [[question] for question in questions] if apart else [questions]
             with self.pipeline.evaluating():  # in training, gradient checkpointing would throw the states away
                 drawn = [draw_and_remember(self.pipeline, self.args, group) for group in together]
             rollouts = list(chain.from_iterable(drawn))
@@ -244,7 +246,9 @@ class DROTrainer(TwoRoleTrainer):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.selector_objective != "none"):
                 decisions = decisions_over(self.pipeline, self.args, inputs["questions"])
                 rollouts = draw_rollouts(self.pipeline, self.args, inputs["questions"], decisions)
-                scored = self._score_selector(rollouts, decisions)
+                if self.args.selector_objective != "none" or self.args.proposal != "retriever":
+                    scored = self._score_selector(rollouts, decisions)
+                del decisions  # and the keys and values that drawing has made
         described = describe(rollouts) | {"passages/truncated_ratio": self.pipeline.prompts.truncated_ratio}
         items = torch.tensor(float(sum(r.num_items for r in rollouts)))
         if self.loss_type == "dapo":  # TRL counts the generation batch of all processes, of which this is a part
@@ -394,7 +398,3 @@ class DROTrainer(TwoRoleTrainer):
         if skipped := int((~scores.valid.any(dim=-1)).sum()):
             logger.warning(f"{skipped} queries skipped: no sample of theirs has a finite answer likelihood")
         return weighting
-
-    def _touch(self, role: str) -> torch.Tensor:
-        """A zero that depends on the role's adapter: a loss keeps its graph though no sample is valid."""
-        return torch.stack([0.0 * p.sum() for p in self._trained_parameters()[role]]).sum()

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 import torch
 
 # What one more block costs, in query-key pairs of attention, forward and backward: a call of the kernel, and each key
-# that is copied for it. Measured on 2 CPU cores with SmolLM2-135M: 0.3 ms and 1 µs where a pair takes 0.02 µs
-# (bfloat16) or 0.05 µs (float32).
-CALL_PAIRS, KEY_PAIRS = 8000, 20
+# that is copied for it. On a CPU measured, 2 cores with SmolLM2-135M: 0.3 ms and 1 µs where a pair takes 0.02 µs
+# (bfloat16) or 0.05 µs (float32). On a GPU not measured: 50 µs for a launch, forward and backward, where a pair of an
+# 8B model takes 1 ns.
+BLOCK_COST = {"cpu": (8000, 20), "cuda": (50_000, 20)}
 
 
 class TokenTree:
@@ -64,9 +65,17 @@ class TokenTree:
         self.positions.append(self.positions[node])
         return len(self) - 1
 
-    def visibility(self) -> torch.Tensor:
-        """Returns `(n, n)` bool: row i marks the ancestors of node i and i itself."""
-        return Block(list(range(len(self))), []).visibility(self)
+    def visibility(self, start: int = 0) -> torch.Tensor:
+        """Returns `(n - start, n)` bool: row i marks the ancestors of node start + i and itself."""
+        visible = torch.zeros(len(self) - start, len(self), dtype=torch.bool)
+        for row, node in enumerate(range(start, len(self))):
+            parent = self.parents[node]
+            if parent >= start:
+                visible[row] = visible[parent - start]
+            else:
+                visible[row, self.path(parent)] = True
+            visible[row, node] = True
+        return visible
 
     def copy(self) -> "TokenTree":
         """Returns a tree that grows on its own."""
@@ -120,26 +129,32 @@ class Block:
 
     def visibility(self, tree: TokenTree) -> torch.Tensor:
         """Returns `(len(nodes), len(path) + len(nodes))` bool: row i marks what node i sees."""
-        row = {node: i for i, node in enumerate(self.nodes)}
-        visible = torch.eye(len(self.nodes), dtype=torch.bool)
-        for i, node in enumerate(self.nodes):
-            above = row.get(tree.parents[node])
-            if above is not None:
-                visible[i] |= visible[above]
-        return torch.cat([torch.ones(len(self.nodes), len(self.path), dtype=torch.bool), visible], dim=1)
+        size = len(self.nodes)
+        own = torch.ones(size, size, dtype=torch.bool).tril()
+        if not self._is_run(tree):
+            own = torch.eye(size, dtype=torch.bool)
+            row = {node: i for i, node in enumerate(self.nodes)}
+            for i, node in enumerate(self.nodes):
+                above = row.get(tree.parents[node])
+                if above is not None:
+                    own[i] |= own[above]
+        return torch.cat([torch.ones(size, len(self.path), dtype=torch.bool), own], dim=1)
 
     def is_causal(self, tree: TokenTree) -> bool:
         """Whether it is an unbranched run from the root, so that plain causal attention is its attention."""
-        pairs = zip(self.nodes, self.nodes[1:], strict=False)
-        return not self.path and all(tree.parents[below] == above for above, below in pairs)
+        return not self.path and self._is_run(tree)
+
+    def _is_run(self, tree: TokenTree) -> bool:
+        return all(tree.parents[below] == above for above, below in zip(self.nodes, self.nodes[1:], strict=False))
 
 
-def cut(tree: TokenTree, start: int = 0) -> list[Block]:
+def cut(tree: TokenTree, start: int = 0, device: str = "cpu") -> list[Block]:
     """Cuts the nodes from `start` on into blocks, such that attention over them is cheap; parents come first.
 
     Bottom-up: what hangs below an unbranched run joins it, and siblings join each other, where the masked pairs that
     this adds cost less than another block would.
     """
+    call_pairs, key_pairs = BLOCK_COST["cpu" if device == "cpu" else "cuda"]
     segments = tree.segments(start)
     below: dict[int, list[list[int]]] = {}  # node -> groups of nodes that hang below it
     blocks: list[Block] = []
@@ -149,13 +164,13 @@ def cut(tree: TokenTree, start: int = 0) -> list[Block]:
         for hanging in below.pop(group[-1], []):
             # A run from the root alone needs no mask, and causal attention computes half of its pairs.
             causal = len(group) ** 2 // 2 if path_length == 0 and group is segment.nodes else 0
-            separate = CALL_PAIRS + KEY_PAIRS * (path_length + len(segment.nodes) + len(hanging))
+            separate = call_pairs + key_pairs * (path_length + len(segment.nodes) + len(hanging))
             if len(group) * len(hanging) + causal <= separate:
                 group = group + hanging
             else:
                 blocks.append(Block(sorted(hanging), tree.path(segment.nodes[-1])))
         siblings = below.setdefault(segment.parent, [])
-        separate = CALL_PAIRS + KEY_PAIRS * (path_length + len(group))
+        separate = call_pairs + key_pairs * (path_length + len(group))
         if siblings and 2 * len(siblings[-1]) * len(group) <= separate:
             siblings[-1] = group + siblings[-1]
         else:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
+from trl.trainer.utils import disable_dropout_in_model
 
 from .adapters import GENERATOR, SELECTOR
 from .checkpoints import AtomicCheckpoints
@@ -28,10 +30,23 @@ class TwoRoleTrainer(AtomicCheckpoints):
     pipeline: RAGPipeline
     last_records: list[Record]
 
+    def _prepared(self, generator_model: PeftModel) -> PeftModel:
+        """Does for a separate generator what TRL and the Trainer do for `model` only."""
+        if self.args.disable_dropout:
+            disable_dropout_in_model(generator_model)
+        if self.args.gradient_checkpointing:
+            generator_model.enable_input_require_grads()
+            generator_model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        return self.accelerator.unwrap_model(self.accelerator.prepare_model(generator_model))
+
     def _trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Returns the parameters of each role that is trained."""
         objectives = {SELECTOR: self.args.selector_objective, GENERATOR: self.args.generator_objective}
         return {role: self.pipeline.parameters(role) for role, objective in objectives.items() if objective != "none"}
+
+    def _touch(self, role: str) -> torch.Tensor:
+        """A zero that depends on the role's adapter: a loss keeps its graph though no sample is valid."""
+        return torch.stack([0.0 * p.sum() for p in self._trained_parameters()[role]]).sum()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates the optimizer with one parameter group per trained role, each with its own learning rate."""

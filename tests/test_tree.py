@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drorl.attention import Layout
@@ -58,6 +58,7 @@ def test_the_runs_of_a_tree_are_unbranched_and_complete(lengths: list[int], pare
 
 
 @pytest.mark.parametrize("window", [None, 1, 7])
+@settings(max_examples=30)
 @given(
     lengths=LENGTHS,
     parents=st.lists(st.integers(0, 8), min_size=8, max_size=8),
@@ -78,10 +79,11 @@ def test_along_blocks_each_token_sees_its_ancestors(
     assert layout.slots[:start] == slots
     node_at = {slot: node for node, slot in enumerate(layout.slots)}
     assert len(node_at) == len(tree)
-    every_slot = torch.arange(len(tree))[None, None, :, None]
-    for block in layout.blocks:
-        queries = layout.order[block.queries]
-        keys = [node_at[slot] for slot in block.select(every_slot).flatten().tolist()]
+    queries_of = layout.split_queries(torch.tensor(layout.order)[None, None, :, None])
+    keys_of = layout.split_keys(torch.arange(len(tree))[None, None, :, None])
+    for block, queries, slots_seen in zip(layout.blocks, queries_of, keys_of, strict=True):
+        queries = queries.flatten().tolist()
+        keys = [node_at[slot] for slot in slots_seen.flatten().tolist()]
         mask = block.mask(window)
         seen = torch.ones(len(queries), len(keys)).tril().bool() if mask is None else mask == 0
         for query, row in zip(queries, seen, strict=True):
