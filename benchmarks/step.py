@@ -61,6 +61,7 @@ COMMON: dict[str, Any] = {
 }
 N, K, M = 20, 5, 8
 PASSAGE_TOKENS = 48
+ROWS = 4  # of a forward and backward pass on the TRL side; eight repeated prompts do not fit into 24 GB
 M_SCALE, N_SCALE = (4, 8, 16, 32), (5, 10, 20)
 
 
@@ -141,10 +142,9 @@ class Bench:
         config = GRPOConfig(
             self._scratch.name,
             num_generations=m,
-            per_device_train_batch_size=m,
             max_completion_length=length,
             generation_kwargs={"min_new_tokens": length},
-            **COMMON,
+            **COMMON | {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": m // ROWS},
         )
         texts = [format_permutation(z, rollout.prompt.identifiers) for z in rollout.drawn]
         likelihood = AnswerLikelihoodReward(self.model, self.tokenizer, "number", K, "surface", PASSAGE_TOKENS)
@@ -171,7 +171,10 @@ class Bench:
         parameters = list(adapter_parameters(self.model, GENERATOR).values())
         optimizer = torch.optim.AdamW(parameters, lr=1e-5)
         start = time.perf_counter()
-        (-(weights * padded_logps(self.model, contexts_and_answers(rollout))).sum()).backward()
+        pairs = contexts_and_answers(rollout)
+        for first in range(0, len(pairs), ROWS):
+            logps = padded_logps(self.model, pairs[first : first + ROWS])
+            (-(weights[first : first + ROWS] * logps).sum()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -255,16 +258,18 @@ def selector_speedups(bench: Bench, steps: Sequence[Step]) -> list[float]:
     model = bench.pipeline.role(SELECTOR)
     parameters = list(adapter_parameters(model, SELECTOR).values())
 
-    def timed(logps: Callable[[], torch.Tensor]) -> float:
+    def timed(*logps: Callable[[], torch.Tensor]) -> float:
         start = time.perf_counter()
-        gradient(parameters, logps().sum())
+        for part in logps:
+            gradient(parameters, part().sum())
         return time.perf_counter() - start
 
     ratios = []
     for step in steps:
         rollout = step.rollout
         pairs = [(rollout.prompt.ids, list(rollout.prompt.slate.token_ids(z))) for z in rollout.drawn]
-        repeated = timed(lambda pairs=pairs: padded_logps(model, pairs))
+        parts = [pairs[first : first + ROWS] for first in range(0, len(pairs), ROWS)]
+        repeated = timed(*(partial(padded_logps, model, part) for part in parts))
         shared = timed(
             lambda r=rollout: Decisions(SelectorPolicy(), model, [r.prompt]).permutation_logps([r.drawn])[0][0]
         )
@@ -315,8 +320,12 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 def growth(bench: Bench, settings: Sequence[tuple[int, int]], repetitions: int) -> list[float]:
     """Seconds of drorl's step for each (n, m) over those for the first: medians of the ratios on equal rows."""
-    seconds = [[bench.drorl(row, n, m).seconds for n, m in settings] for row in bench.rows[:repetitions]]
-    return [round(statistics.median(of_row[i] / of_row[0] for of_row in seconds), 2) for i in range(len(settings))]
+    ratios = []
+    for repetition, row in enumerate(bench.rows[:repetitions]):
+        order = settings[:: -1 if repetition % 2 else 1]  # none is always the first
+        seconds = {setting: bench.drorl(row, *setting).seconds for setting in order}
+        ratios.append([seconds[setting] / seconds[settings[0]] for setting in settings])
+    return [round(statistics.median(column), 2) for column in zip(*ratios, strict=True)]
 
 
 def peak_rss(side: str, threads: int) -> int:
@@ -340,7 +349,7 @@ def compare(repetitions: int, threads: int) -> dict[str, Any]:
     """Measures everything, and returns what the last line says."""
     memory = {side: peak_rss(side, threads) for side in ("drorl", "trl")}
     bench = Bench()
-    bench.drorl(bench.rows[-1])  # the first step of a process is slower
+    bench.trl(bench.drorl(bench.rows[-1]))  # the first step of a process is slower
     steps, seconds, floors = [], [], []
     for row in bench.rows[:repetitions]:
         gflops = measure_gflops(torch.float32)
