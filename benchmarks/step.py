@@ -415,18 +415,30 @@ def profile(bench: Bench) -> dict[str, float]:
 
 
 def plot(result: dict[str, Any], folder: Path) -> None:
-    """Draws the step times and how they grow with m and N."""
+    """Draws every figure, and how the step's time grows with m and N."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "step.json").write_text(json.dumps(result, indent=2) + "\n")
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    sides = {"drorl": result["drorl_seconds"], "TRL": result["trl_seconds"]}
-    left.bar_label(left.barh(list(sides), list(sides.values()), color=["#2a6f97", "#bbbbbb"]), fmt="%.1f s", padding=3)
-    left.set_title(f"one step, N = {N}, K = {K}, m = {M}")
-    left.margins(x=0.2)
-    for axes, key, label in ((middle, "m_scaling", "permutations m"), (right, "n_scaling", "candidates N")):
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    (times, tokens, memory), (by_m, by_n, speedups) = figure.subplots(2, 3)
+    seconds = {"floor": result["drorl_seconds"] / result["floor_ratio"]}
+    seconds |= {"drorl": result["drorl_seconds"], "TRL": result["trl_seconds"]}
+    counts = {"drorl": result["tokens_distinct"], "TRL": result["tokens_repeated"]}
+    gibs = {"drorl": result["peak_rss_mib"]["drorl"] / 1024, "TRL": result["peak_rss_mib"]["trl"] / 1024}
+    ratios = {"whole step": result["speedup_vs_trl"], "selector alone": result["speedup_selector"]}
+    bars = (
+        (times, seconds, "%.1f s", f"one step, N = {N}, K = {K}, m = {M}"),
+        (tokens, counts, "%.0f", "tokens encoded, both roles"),
+        (memory, gibs, "%.1f GiB", "peak memory of the process"),
+        (speedups, ratios, "%.1f", "times faster than TRL"),
+    )
+    for axes, values, form, title in bars:
+        colours = ["#bbbbbb" if name in ("TRL", "floor") else "#2a6f97" for name in values]
+        axes.bar_label(axes.barh(list(values), list(values.values()), color=colours), fmt=form, padding=3)
+        axes.set_title(title, fontsize=10)
+        axes.margins(x=0.35)
+    for axes, key, label in ((by_m, "m_scaling", "permutations m"), (by_n, "n_scaling", "candidates N")):
         points = {int(x): y for x, y in result[key].items()}
         first = min(points)
         axes.plot(list(points), list(points.values()), marker="o", color="#2a6f97")
