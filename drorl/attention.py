@@ -41,7 +41,6 @@ class Layout:
             self.slots[node] = slot
         self.windows: list[int | None] = []
         """The sliding window of each layer that has attended along this layout."""
-        self.blocks: list[_PackedBlock] = []
         positions = torch.tensor(tree.positions)
         self.blocks: list[_PackedBlock] = []
         keys: list[int] = []

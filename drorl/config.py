@@ -94,7 +94,8 @@ class DROConfig(DROSettings, GRPOConfig):
             variance, keeps the expectation) or `leave_one_out` (`mean` times m/(m-1), RLOO's rule).
         max_tokens_per_forward (`int`, *optional*): bound on the distinct tokens of one forward pass; the queries of a
             micro-batch are split accordingly. It also keeps the graphs of selector and generator from coexisting, for
-            which the selector's prompts are encoded once more. Default: no bound, each prompt is encoded once.
+            which the selector's prompts are encoded once more, as under gradient checkpointing (TRL's default).
+            Default: no bound; with `gradient_checkpointing=False` each prompt is encoded once.
         min_importance_weight (`float`, *optional*, defaults to `0.0`): permutations of a smaller weight do not train
             the generator. Above 0 the answer is scored without a graph first, and with one where the weight is not
             negligible, which is less work when few of the m are. 0 is exact, in one pass.

@@ -23,7 +23,6 @@ from torch import nn
 from .likelihood import PromptStates
 from .permutations import Permutation, prefixes_of
 from .prompts import SelectorPrompt
-from .states import can_keep
 
 Prefixes = Sequence[Permutation]
 
@@ -101,7 +100,7 @@ class Decisions:
         self._policy = policy
         self.prompts = prompts
         self.scores = scores or [None] * len(prompts)
-        self._states = PromptStates(model, [prompt.ids for prompt in prompts], keep and can_keep(model))
+        self._states = PromptStates(model, [prompt.ids for prompt in prompts], keep)
         self._drawing: PromptStates | None = None
         self._known: list[dict[Permutation, torch.Tensor]] = [{} for _ in prompts]
 

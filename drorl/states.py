@@ -30,19 +30,20 @@ class TreeStates:
     Args:
         model (`nn.Module`): a causal language model of transformers, wrapped by PEFT or not; its active adapter counts
         backend (`str`): `blocks`, `mask`, `cached` or `repeated`, see [`~backends.backend_of`].
-        keep (`bool`): keeps keys and values, so that the tree can grow; not under gradient checkpointing.
+        keep (`bool`): keeps keys and values, so that the tree can grow, where that can be: not by `repeated`, and not
+            under gradient checkpointing. Otherwise each call encodes everything again.
     """
 
     def __init__(self, model: nn.Module, backend: str, keep: bool = False):
         self.model, self.base = model, base_of(model)
         self.tree = TokenTree()
-        self.backend = backend
-        if backend == "cached" and not can_keep(model):
-            self.backend = "repeated"
+        # Rounds are built on keys and values that gradient checkpointing would throw away.
+        self.backend = "repeated" if backend == "cached" and not can_keep(model) else backend
         self._room = _longest_exact(self.base)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.cache = DynamicCache() if keep and self.backend != "repeated" else None
+        keep = keep and self.backend != "repeated" and can_keep(model)
+        self.cache = DynamicCache() if keep else None
         self.slots: list[int] = []
         """Where the keys of each encoded node stand in the cache."""
         self.windows: list[int | None] = []
@@ -72,9 +73,8 @@ class TreeStates:
         unique = sorted(set(nodes))
         if unique and unique[0] < len(self.slots):
             raise ValueError(f"node {unique[0]} was encoded before: its logits are gone")
-        rows = {node: row for row, node in enumerate(unique)}
         encode = {"cached": self._rounds, "repeated": self._sequences}.get(self.backend, self._packed)
-        return encode(unique)[[rows[node] for node in nodes]]
+        return encode(unique)[_places(unique, nodes)]
 
     def _run(self, ids: torch.Tensor, **inputs: object) -> torch.Tensor:
         return self.model(input_ids=ids.to(self.device), **inputs).logits
@@ -90,13 +90,12 @@ class TreeStates:
         else:
             order, slots = list(range(start, len(tree))), list(range(len(tree)))
             attention = {"attention_mask": self._mask(start)}
-        place = {node: i for i, node in enumerate(order)}
         logits = self._run(
             torch.tensor([[tree.tokens[node] for node in order]]),
             position_ids=torch.tensor([[tree.positions[node] for node in order]], device=self.device),
             past_key_values=self.cache,
             use_cache=self.cache is not None,
-            logits_to_keep=torch.tensor([place[node] for node in nodes], dtype=torch.long, device=self.device),
+            logits_to_keep=torch.tensor(_places(order, nodes), dtype=torch.long, device=self.device),
             **attention,
         )
         if self.cache is not None:
@@ -146,7 +145,7 @@ class TreeStates:
             cache = _extended(cache, states, new >= 0)
         if self.cache is not None:
             self.cache, self.slots = cache, slots
-        return torch.cat(found)[_order(scored, nodes)]
+        return torch.cat(found)[_places(scored, nodes)]
 
     def _round(
         self, cache: DynamicCache, past: torch.Tensor, new: torch.Tensor, keep: list[int]
@@ -209,13 +208,13 @@ def _longest_exact(base: PreTrainedModel) -> float:
 
 def _picked(logits: torch.Tensor, places: Sequence[tuple[int, int]], columns: Sequence[int]) -> torch.Tensor:
     """Returns the logits at `(row, position)`, `(len(places), V)`, of `(rows, len(columns), V)`."""
-    column = {position: i for i, position in enumerate(columns)}
-    return logits[[row for row, _ in places], [column[t] for _, t in places]]
+    return logits[[row for row, _ in places], _places(columns, [t for _, t in places])]
 
 
-def _order(found: Sequence[int], wanted: Sequence[int]) -> list[int]:
-    place = {node: i for i, node in enumerate(found)}
-    return [place[node] for node in wanted]
+def _places(items: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """Returns where each of `wanted` stands in `items`."""
+    place = {item: i for i, item in enumerate(items)}
+    return [place[item] for item in wanted]
 
 
 def _cache_of(states: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
