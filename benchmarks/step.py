@@ -270,9 +270,8 @@ def selector_speedups(bench: Bench, steps: Sequence[Step]) -> list[float]:
         pairs = [(rollout.prompt.ids, list(rollout.prompt.slate.token_ids(z))) for z in rollout.drawn]
         parts = [pairs[first : first + ROWS] for first in range(0, len(pairs), ROWS)]
         repeated = timed(*(partial(padded_logps, model, part) for part in parts))
-        shared = timed(
-            lambda r=rollout: Decisions(SelectorPolicy(), model, [r.prompt]).permutation_logps([r.drawn])[0][0]
-        )
+        decisions = Decisions(SelectorPolicy(), model, [rollout.prompt], keep=False)
+        shared = timed(lambda d=decisions, r=rollout: d.permutation_logps([r.drawn])[0][0])
         ratios.append(repeated / shared)
     return ratios
 

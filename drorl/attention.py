@@ -47,7 +47,7 @@ class Layout:
         for block in blocks:
             seen = [*block.path, *block.nodes]
             keys += [self.slots[node] for node in seen]
-            visible = None if block.is_causal(tree) else block.visibility(tree)
+            visible = None if block.is_causal(tree) else tree.visibility(block.nodes, seen)
             self.blocks.append(_PackedBlock(visible, positions[block.nodes], positions[seen], device, dtype))
         self.num_queries = [len(block.nodes) for block in blocks]
         self.num_keys = [len(block.path) + len(block.nodes) for block in blocks]

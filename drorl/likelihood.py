@@ -29,29 +29,30 @@ class PromptStates:
     Args:
         model (`nn.Module`): see [`TreeStates`].
         prompts (`list` of B token sequences): none is empty.
-        keep (`bool`): `False`: nothing is encoded before the first question, which is answered in one pass; the next
-            one would encode the prompts again.
+        keep (`bool`): `False`: prompts and branches are encoded in one pass at the first question; the next one would
+            encode the prompts again.
     """
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], keep: bool = True):
         self.states = TreeStates(model, backend_of(model), keep)
-        # A prompt's last token is encoded with the first question, because only then its logits are wanted.
-        self._above = [self.states.tree.add(prompt[:-1])[-1] if len(prompt) > 1 else -1 for prompt in prompts]
-        self._last = [prompt[-1] for prompt in prompts]
-        if self.states.cache is not None and len(self.states.tree):
-            self.states.logits([])
+        self._ends = [self.states.tree.add(prompt)[-1] for prompt in prompts]
+
+    @property
+    def kept(self) -> bool:
+        """Whether what was encoded for one question is there for the next."""
+        return self.states.cache is not None
 
     def fork(self) -> "PromptStates":
         """Returns the same states without gradient; what is asked of them does not reach these."""
         other = object.__new__(PromptStates)
-        other.states, other._above, other._last = self.states.fork(), self._above, self._last
+        other.states, other._ends = self.states.fork(), self._ends
         return other
 
     def logits_after(self, branches: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
         """Returns the next-token logits after each `(prompt, tokens)`, `(len(branches), V)`; `tokens` may be empty."""
         tree, nodes = self.states.tree, []
         for prompt, tokens in branches:
-            *_, node = tree.add([self._last[prompt], *tokens], self._above[prompt])
+            *_, node = self._ends[prompt], *tree.add(tokens, self._ends[prompt])
             # A node that was encoded before has no logits any more: its twin has.
             nodes.append(tree.twin(node) if node < len(self.states.slots) else node)
         return self.states.logits(nodes)

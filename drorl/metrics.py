@@ -142,20 +142,6 @@ def contains_answer(passage_text: str, answers: Sequence[str], settings: MetricS
     return any(f" {gold} " in passage for gold in golds if gold)
 
 
-def recall_at_k(texts: Sequence[str], answers: Sequence[str], k: int, settings: MetricSettings = KILT) -> float:
-    """1.0 if one of the first `k` passages contains a gold answer, else 0.0.
-
-    Args:
-        texts (`Sequence[str]`): texts of the chosen passages, in the order chosen.
-        answers (`Sequence[str]`): gold answers.
-        k (`int`): passages that count, at least 1.
-        settings (`MetricSettings`): see there.
-    """
-    if k < 1:
-        raise ValueError(f"recall@k needs k of at least 1, not {k}.")
-    return float(any(contains_answer(text, answers, settings) for text in texts[:k]))
-
-
 def surface_form(answers: Sequence[str], texts: Sequence[str]) -> str:
     """The gold answer as the texts write it: the string the generator can be expected to give.
 

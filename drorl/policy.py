@@ -102,7 +102,11 @@ class Decisions:
         self.scores = scores or [None] * len(prompts)
         self._states = PromptStates(model, [prompt.ids for prompt in prompts], keep)
         self._drawing: PromptStates | None = None
+        # Every permutation passes through the first decision, so it is made in the prompts' own pass.
+        self._first = self._compute(self._states, [[()] for _ in prompts]) if self._states.kept else None
         self._known: list[dict[Permutation, torch.Tensor]] = [{} for _ in prompts]
+        for known, rows in zip(self._known, self._first or [], strict=False):
+            known[()] = rows[0].detach().cpu()
 
     def _compute(self, states: PromptStates, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
         """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query, from one pass over the branches."""
@@ -139,8 +143,17 @@ class Decisions:
         With gradient where that is enabled.
         """
         prefixes = [prefixes_of(drawn) for drawn in permutations]
-        logps = self._compute(self._states, prefixes) if torch.is_grad_enabled() else self.logps(prefixes)
+        logps = self._with_gradient(prefixes) if torch.is_grad_enabled() else self.logps(prefixes)
         return [gather_decisions(*query) for query in zip(logps, prefixes, permutations, strict=True)]
+
+    def _with_gradient(self, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
+        """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query; the first of its `prefixes` is `()`."""
+        if self._first is None:
+            return self._compute(self._states, prefixes)
+        later = [of_query[1:] for of_query in prefixes]
+        if not any(later):
+            return self._first
+        return [torch.cat(rows) for rows in zip(self._first, self._compute(self._states, later), strict=True)]
 
     def sample(
         self,

@@ -106,7 +106,8 @@ class TreeStates:
 
     def _mask(self, start: int) -> torch.Tensor | BlockMask:
         """Returns who sees whom as the model's attention wants it, `(1, 1, new, all)`; old nodes keep their order."""
-        visible = self.tree.visibility(start).to(self.device)
+        nodes = range(len(self.tree))
+        visible = self.tree.visibility(nodes[start:], nodes).to(self.device)
         if self.base.config._attn_implementation == "flex_attention":
             return create_block_mask(
                 lambda b, h, q, k: visible[q, k], 1, None, *visible.shape, device=self.device, _compile=False

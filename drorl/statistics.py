@@ -29,11 +29,6 @@ class Interval:
     mean: float
     ci95: tuple[float, float]
 
-    @property
-    def excludes_zero(self) -> bool:
-        """`True` when the whole interval lies on one side of 0."""
-        return self.ci95[0] > 0 or self.ci95[1] < 0
-
 
 def paired_bootstrap(
     a: Sequence[float] | np.ndarray,

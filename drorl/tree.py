@@ -22,6 +22,7 @@ block `P Q`, plainly causal, and one block `a b c d` that sees `P Q`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 # What one more block costs, in query-key pairs of attention, forward and backward: a call of the kernel, and each key
@@ -65,17 +66,23 @@ class TokenTree:
         self.positions.append(self.positions[node])
         return len(self) - 1
 
-    def visibility(self, start: int = 0) -> torch.Tensor:
-        """Returns `(n - start, n)` bool: row i marks the ancestors of node start + i and itself."""
-        visible = torch.zeros(len(self) - start, len(self), dtype=torch.bool)
-        for row, node in enumerate(range(start, len(self))):
+    def visibility(self, nodes: Sequence[int], seen: Sequence[int]) -> torch.Tensor:
+        """Returns `(len(nodes), len(seen))` bool: row i marks the ancestors of `nodes[i]` and itself.
+
+        Parents come before their children in `nodes`, and all that any of them sees is in `seen`.
+        """
+        visible = np.zeros((len(nodes), len(seen)), dtype=bool)
+        column = {node: c for c, node in enumerate(seen)}
+        row: dict[int, int] = {}
+        for i, node in enumerate(nodes):
             parent = self.parents[node]
-            if parent >= start:
-                visible[row] = visible[parent - start]
+            if parent in row:
+                visible[i] = visible[row[parent]]
             else:
-                visible[row, self.path(parent)] = True
-            visible[row, node] = True
-        return visible
+                visible[i, [column[above] for above in self.path(parent)]] = True
+            visible[i, column[node]] = True
+            row[node] = i
+        return torch.from_numpy(visible)
 
     def copy(self) -> "TokenTree":
         """Returns a tree that grows on its own."""
@@ -122,58 +129,58 @@ class Segment:
 
 @dataclass(frozen=True)
 class Block:
-    """Nodes that see `path` and, among themselves, their ancestors."""
+    """Nodes that see, of `path` and among themselves, their ancestors."""
 
     nodes: list[int]
     path: list[int]
 
-    def visibility(self, tree: TokenTree) -> torch.Tensor:
-        """Returns `(len(nodes), len(path) + len(nodes))` bool: row i marks what node i sees."""
-        size = len(self.nodes)
-        own = torch.ones(size, size, dtype=torch.bool).tril()
-        if not self._is_run(tree):
-            own = torch.eye(size, dtype=torch.bool)
-            row = {node: i for i, node in enumerate(self.nodes)}
-            for i, node in enumerate(self.nodes):
-                above = row.get(tree.parents[node])
-                if above is not None:
-                    own[i] |= own[above]
-        return torch.cat([torch.ones(size, len(self.path), dtype=torch.bool), own], dim=1)
+    def joined(self, other: "Block", call_pairs: int, key_pairs: int) -> "Block | None":
+        """Returns both as one, or `None` if the masked pairs that this adds cost more than another block."""
+        shared = len(set(self.path).intersection(other.path))
+        masked = len(self.nodes) * (len(other.path) - shared + len(other.nodes))
+        masked += len(other.nodes) * (len(self.path) - shared + len(self.nodes))
+        if masked > call_pairs + key_pairs * shared:
+            return None
+        return Block(sorted([*self.nodes, *other.nodes]), sorted({*self.path, *other.path}))
 
     def is_causal(self, tree: TokenTree) -> bool:
         """Whether it is an unbranched run from the root, so that plain causal attention is its attention."""
-        return not self.path and self._is_run(tree)
-
-    def _is_run(self, tree: TokenTree) -> bool:
-        return all(tree.parents[below] == above for above, below in zip(self.nodes, self.nodes[1:], strict=False))
+        steps = zip(self.nodes, self.nodes[1:], strict=False)
+        return not self.path and all(tree.parents[below] == above for above, below in steps)
 
 
 def cut(tree: TokenTree, start: int = 0, device: str = "cpu") -> list[Block]:
-    """Cuts the nodes from `start` on into blocks, such that attention over them is cheap; parents come first.
+    """Cuts the nodes from `start` on into blocks, such that attention over them is cheap.
 
     Bottom-up: what hangs below an unbranched run joins it, and siblings join each other, where the masked pairs that
-    this adds cost less than another block would.
+    this adds cost less than another block would; then what hangs below different nodes before `start`.
     """
     call_pairs, key_pairs = BLOCK_COST["cpu" if device == "cpu" else "cuda"]
-    segments = tree.segments(start)
     below: dict[int, list[list[int]]] = {}  # node -> groups of nodes that hang below it
     blocks: list[Block] = []
-    for segment in reversed(segments):  # children before their parents
+    for segment in reversed(tree.segments(start)):  # children before their parents
         path_length = tree.positions[segment.nodes[0]]
         group = segment.nodes
         for hanging in below.pop(group[-1], []):
             # A run from the root alone needs no mask, and causal attention computes half of its pairs.
             causal = len(group) ** 2 // 2 if path_length == 0 and group is segment.nodes else 0
-            separate = call_pairs + key_pairs * (path_length + len(segment.nodes) + len(hanging))
+            separate = call_pairs + key_pairs * (path_length + len(segment.nodes))
             if len(group) * len(hanging) + causal <= separate:
                 group = group + hanging
             else:
                 blocks.append(Block(sorted(hanging), tree.path(segment.nodes[-1])))
         siblings = below.setdefault(segment.parent, [])
-        separate = call_pairs + key_pairs * (path_length + len(group))
-        if siblings and 2 * len(siblings[-1]) * len(group) <= separate:
+        if siblings and 2 * len(siblings[-1]) * len(group) <= call_pairs + key_pairs * path_length:
             siblings[-1] = group + siblings[-1]
         else:
             siblings.append(group)
-    blocks += [Block(sorted(group), tree.path(parent)) for parent, groups in below.items() for group in groups]
-    return sorted(blocks, key=lambda block: block.nodes[0])
+    topmost: list[Block] = []
+    for parent in sorted(below):
+        for group in below[parent]:
+            block = Block(sorted(group), tree.path(parent))
+            both = topmost[-1].joined(block, call_pairs, key_pairs) if topmost else None
+            if both is None:
+                topmost.append(block)
+            else:
+                topmost[-1] = both
+    return sorted([*blocks, *topmost], key=lambda block: block.nodes[0])

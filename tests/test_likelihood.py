@@ -253,6 +253,15 @@ def test_an_attention_that_ignores_the_tree_is_found_out(
     torch.testing.assert_close(sequence_logps(model, FORKED), naive_logps(model, FORKED), rtol=0, atol=1e-10)
 
 
+def test_a_layer_that_does_not_say_how_far_it_sees_is_found_out() -> None:
+    """A window that is longer than the self-check, and that a layer keeps to itself, is no tree of blocks."""
+    config = Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=64, layer_types=WINDOWED)
+    honest, silent = Gemma3ForCausalLM(config).eval(), Gemma3ForCausalLM(config).eval()
+    silent.model.layers[2].self_attn.sliding_window = None
+    assert backend_of(honest) == "blocks"
+    assert backend_of(silent) != "blocks"
+
+
 @pytest.mark.slow
 def test_flex_attention_takes_the_tree_as_a_block_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model loaded with `attn_implementation="flex_attention"` gets the tree as a `BlockMask`, values to 1e-5.

@@ -10,7 +10,6 @@ from drorl.metrics import (
     exact_match,
     f1,
     normalize_answer,
-    recall_at_k,
     surface_form,
 )
 
@@ -91,14 +90,8 @@ def test_an_answer_of_only_punctuation_occurs_nowhere() -> None:
     assert not contains_answer("What? Never!", ["!", "the", ""])
 
 
-def test_recall_looks_at_the_first_k() -> None:
-    """Only the first k chosen passages count."""
-    texts = ["nothing", "Paris is here", "nothing"]
-    assert [recall_at_k(texts, ["paris"], k) for k in (1, 2, 5)] == [0.0, 1.0, 1.0]
-
-
 def test_bad_settings_and_missing_answers_are_refused() -> None:
-    """A misspelt switch or preset, no answers, a string for a list of them, or k = 0 is an error, not a score."""
+    """A misspelt switch or preset, no answers, or a string for a list of them is an error, not a score."""
     with pytest.raises(ValueError, match="punct='keep'"):
         MetricSettings(punct="keep")  # ty: ignore[invalid-argument-type]
     with pytest.raises(ValueError, match="dro-official"):
@@ -106,8 +99,6 @@ def test_bad_settings_and_missing_answers_are_refused() -> None:
     for answers in ([], "Paris"):
         with pytest.raises(ValueError, match="gold answer"):
             exact_match("Paris", answers)
-    with pytest.raises(ValueError, match="k of at least 1"):
-        recall_at_k([], ["Paris"], 0)
 
 
 @pytest.mark.parametrize(

@@ -90,14 +90,6 @@ def test_one_question_shows_nothing():
     """n = 1 has no spread to resample: the interval is unbounded, so that no difference is claimed from it."""
     interval = paired_bootstrap([0.0], [1.0])
     assert interval == Interval(1.0, (-math.inf, math.inf))
-    assert not interval.excludes_zero
-
-
-@pytest.mark.parametrize(
-    ("ends", "excludes"), [((0.1, 0.2), True), ((-0.2, -0.1), True), ((-0.1, 0.2), False), ((0.0, 0.2), False)]
-)
-def test_excludes_zero(ends, excludes):
-    assert Interval(0.1, ends).excludes_zero is excludes
 
 
 def test_interval_is_written_as_in_the_summary():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drorl.attention import Layout
-from drorl.tree import Block, TokenTree, cut
+from drorl.tree import TokenTree, cut
 
 TOKENS = st.lists(st.integers(1, 4), min_size=1, max_size=5)  # few tokens, so that prefixes are shared by chance
 LENGTHS = st.lists(st.integers(1, 120), min_size=1, max_size=8)
@@ -19,7 +19,7 @@ def test_a_tree_has_one_node_per_distinct_prefix(sequences: list[list[int]]) -> 
     paths = [tree.add(sequence) for sequence in sequences]
     prefixes = {tuple(s[: t + 1]) for s in sequences for t in range(len(s))}
     assert len(tree) == len(prefixes)
-    visible = tree.visibility()
+    visible = tree.visibility(range(len(tree)), range(len(tree)))
     for sequence, path in zip(sequences, paths, strict=True):
         assert [tree.tokens[node] for node in path] == sequence
         assert [tree.positions[node] for node in path] == list(range(len(sequence)))
@@ -113,6 +113,16 @@ def test_long_branches_are_cut_off_and_short_ones_stay_together() -> None:
     assert [len(block.nodes) for block in cut(small)] == [30]
 
 
+def test_what_is_added_below_different_branches_stays_together() -> None:
+    """Eight short continuations of kept branches are one block, which sees the prompt once; long ones are one each."""
+    lengths, parents = [1000, *[10] * 8], [0, *[1] * 8]
+    short = tree_of([*lengths, *[5] * 8], [*parents, *range(2, 10)])
+    [block] = cut(short, 1080)
+    assert (len(block.nodes), len(block.path)) == (40, 1080)
+    long = tree_of([*lengths, *[300] * 8], [*parents, *range(2, 10)])
+    assert [(len(block.nodes), len(block.path)) for block in cut(long, 1080)] == [(300, 1010)] * 8
+
+
 def test_a_twin_stands_for_the_same_prefix() -> None:
     """A twin has its node's token, place and parent, and is not what later sequences are added below."""
     tree = TokenTree()
@@ -129,4 +139,3 @@ def test_a_copy_grows_on_its_own() -> None:
     copy = tree.copy()
     copy.add([1, 2, 4])
     assert (len(tree), len(copy)) == (3, 4)
-    assert Block([2], [0, 1]).visibility(tree).tolist() == [[True, True, True]]

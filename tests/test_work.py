@@ -18,6 +18,7 @@ from drorl.backends import backend_of
 from drorl.errors import InvalidInputError
 from drorl.likelihood import sequence_logps
 from drorl.losses import Weighting
+from drorl.permutations import Permutation, prefixes_of
 from drorl.rollouts import Rollout, batches
 from drorl.trainer import DROTrainer
 from drorl.tree import TokenTree
@@ -41,21 +42,25 @@ def distinct(sequences: list[list[int]]) -> int:
 
 
 def test_on_policy_every_distinct_token_is_encoded_once(make_trainer: Make) -> None:
-    """A step encodes the prompts once, their branches twice (to draw, to train), and each context once.
+    """A step encodes the prompts once, later decisions twice (to draw, to train), and each context once.
 
-    With two queries in the micro-batch there is one pass for the prompts, K = 2 to draw, one for the branches, one for
-    the generator.
+    With two queries in the micro-batch there is one pass for the prompts and the first of K = 2 decisions, one to draw
+    the second, one for its gradient, one for the generator.
     """
     trainer = make_trainer(max_steps=1)
     backend_of(trainer.model)
     rollouts = record_rollouts(trainer)
     passes = encoded_tokens(trainer.model)
     trainer.train()
-    assert len(passes) == 1 + 2 + 1 + 1
     drawn = [rollout for _, rollout in rollouts]
-    prompts, *drawing, branches, contexts = passes
-    assert prompts == distinct([r.prompt.ids[:-1] for r in drawn])
-    assert sum(drawing) <= branches
+    prompts, drawing, later, contexts = passes
+
+    def asked(r: Rollout, prefixes: list[Permutation]) -> list[list[int]]:
+        return [[*r.prompt.ids, *tokens] for tokens in [(), *r.prompt.slate.decisions(prefixes).contexts]]
+
+    assert prompts == distinct([s for r in drawn for s in asked(r, [()])])
+    assert prompts + later == distinct([s for r in drawn for s in asked(r, prefixes_of(r.drawn))])
+    assert drawing == later
     answers = [[*context, *r.answers[0][:-1]] for r in drawn for context in r.contexts]
     assert contexts == distinct(answers)
 
@@ -137,6 +142,17 @@ def test_rollouts_are_grouped_by_their_tokens(make_trainer: Make) -> None:
     assert list(batches(drawn, None)) == [drawn]
 
 
+def test_every_question_has_its_own_randomness(make_trainer: Make) -> None:
+    """The questions of a step draw with different seeds, and a repeated run with the same ones."""
+    runs = []
+    for _ in range(2):
+        rollouts = record_rollouts(trainer := make_trainer(max_steps=2))
+        trainer.train()
+        runs.append([rollout.question.seed for _, rollout in rollouts])
+    assert len(set(runs[0])) == len(runs[0]) == 4
+    assert runs[0] == runs[1]
+
+
 def test_contexts_of_small_weight_are_not_back_propagated(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     r"""Above a threshold of 0.3 the generator's gradient is that of $-\sum_{w_i \ge 0.3} w_i \log p_g$, computed here.
 
@@ -171,7 +187,9 @@ def test_contexts_of_small_weight_are_not_back_propagated(make_trainer: Make, mo
         logps = [sequence_logp(trainer.model, context, rollout.answers[0]) for context in rollout.contexts]
         losses += [-w * logp for w, logp in zip(weights, logps, strict=True) if w >= 0.3]
     assert 0 < len(losses) < 8
-    naive = gradients(torch.stack(losses).sum() / 2, parameters[GENERATOR])
+    loss = torch.stack(losses).sum() / 2
+    assert trainer.state.log_history[0]["generator/loss"] == pytest.approx(loss.item(), rel=1e-3)  # logged in 4 digits
+    naive = gradients(loss, parameters[GENERATOR])
     assert_same_gradients(recorder.steps[0][GENERATOR], naive, rtol=1e-4)
     whole = one_step_gradients(make_trainer)
     assert_same_gradients(recorder.steps[0][SELECTOR], whole[SELECTOR], rtol=1e-5)
