@@ -114,7 +114,8 @@ class DtypeChoice:
 
     Args:
         dtype (`torch.dtype`): the choice.
-        gflops (`dict[str, float]`): measured speed of matrix products, GFLOP/s, by data type; empty if not measured.
+        gflops (`dict[str, float]`): measured speed of matrix products on one core, GFLOP/s, by data type; empty if
+            not measured.
     """
 
     dtype: torch.dtype
@@ -125,8 +126,8 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device | str | None = N
     """The data type a setting stands for; `"auto"` takes bf16 where it is supported and pays.
 
     CPUs differ by three orders of magnitude here: with AMX, bf16 is several times faster than fp32, without it up to
-    a hundred times slower. So on a CPU `"auto"` measures, for about a tenth of a second, and takes bf16 only when it
-    is at least 1.5 times faster.
+    a hundred times slower. So on a CPU `"auto"` measures one core, for about a tenth of a second, and takes bf16 only
+    when it is at least 1.5 times faster.
 
     Args:
         dtype (`str`): `"auto"`, or a name such as `"float32"` or `"bfloat16"`.
@@ -148,10 +149,15 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device | str | None = N
     if device_type != "cpu":
         takes_bf16 = device_type == "cuda" and torch.cuda.is_bf16_supported()
         return DtypeChoice(torch.bfloat16 if takes_bf16 else torch.float32)
-    fp32 = measure_gflops(torch.float32)
-    bf16 = measure_gflops(torch.bfloat16, at_least=_MIN_SPEEDUP * fp32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other as soon as another process holds one core
+    try:
+        fp32 = measure_gflops(torch.float32)
+        bf16 = measure_gflops(torch.bfloat16, at_least=_MIN_SPEEDUP * fp32)
+    finally:
+        torch.set_num_threads(threads)
     chosen = torch.bfloat16 if bf16 >= _MIN_SPEEDUP * fp32 else torch.float32
-    logger.info("dtype=auto: %s (float32 %.0f, bfloat16 %.0f GFLOP/s)", chosen, fp32, bf16)
+    logger.info("dtype=auto: %s (one core: float32 %.0f, bfloat16 %.0f GFLOP/s)", chosen, fp32, bf16)
     return DtypeChoice(chosen, {"float32": fp32, "bfloat16": bf16})
 
 

@@ -177,11 +177,19 @@ def test_auto_takes_bf16_only_when_it_pays(
 ) -> None:
     """bf16 is chosen from 1.5 times the speed of fp32 on; both speeds are reported and logged."""
     speeds = {torch.float32: 100.0, torch.bfloat16: 100.0 * speedup}
-    monkeypatch.setattr(models, "measure_gflops", lambda dtype, at_least=0.0: speeds[dtype])
+    threads, used = torch.get_num_threads(), []
+
+    def measured(dtype: torch.dtype, at_least: float = 0.0) -> float:
+        used.append(torch.get_num_threads())
+        return speeds[dtype]
+
+    monkeypatch.setattr(models, "measure_gflops", measured)
     with caplog.at_level(logging.INFO):
         choice = models.choose_dtype("auto", "cpu")
     assert choice == models.DtypeChoice(chosen, {"float32": 100.0, "bfloat16": 100.0 * speedup})
     assert "GFLOP/s" in caplog.text
+    assert used == [1, 1]  # two threads, one of them held up by another process, measure the waiting
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(("supported", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
