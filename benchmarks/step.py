@@ -253,6 +253,11 @@ def relative_error(bench: Bench, step: Step) -> float:
     return max(errors)
 
 
+def shared_selector_logps(model: PeftModel, rollout: Rollout) -> torch.Tensor:
+    """Returns log p_s of each decision of the permutations drawn, `(m, K)`, from one pass over their tree."""
+    return Decisions(SelectorPolicy(), model, [rollout.prompt], keep=False).permutation_logps([rollout.drawn])[0][0]
+
+
 def selector_speedups(bench: Bench, steps: Sequence[Step]) -> list[float]:
     """Forward and backward of the selector's log-likelihoods alone: m repeated rows over the shared prompt."""
     model = bench.pipeline.role(SELECTOR)
@@ -270,8 +275,7 @@ def selector_speedups(bench: Bench, steps: Sequence[Step]) -> list[float]:
         pairs = [(rollout.prompt.ids, list(rollout.prompt.slate.token_ids(z))) for z in rollout.drawn]
         parts = [pairs[first : first + ROWS] for first in range(0, len(pairs), ROWS)]
         repeated = timed(*(partial(padded_logps, model, part) for part in parts))
-        decisions = Decisions(SelectorPolicy(), model, [rollout.prompt], keep=False)
-        shared = timed(lambda d=decisions, r=rollout: d.permutation_logps([r.drawn])[0][0])
+        shared = timed(partial(shared_selector_logps, model, rollout))
         ratios.append(repeated / shared)
     return ratios
 

@@ -131,8 +131,10 @@ class Experiment:
         with pipeline.evaluating():
             decisions = pipeline.decisions([row["query"]], [shown])
             [draw] = decisions.sample(len(shown), every_first_choice=True)
-            logps = score_permutations(pipeline, row, shown, draw.permutations, self.answer_target)
+            # All that is asked of the decisions comes before the generator's adapter is active.
             [(selector_logps, _)] = decisions.permutation_logps([draw.permutations])
+            probabilities = decisions.logps([[()]])[0][0].exp()
+            logps = score_permutations(pipeline, row, shown, draw.permutations, self.answer_target)
             log_ratio = (selector_logps - draw.proposal_logps).sum(dim=-1)
         weights = importance_weights(log_importance_weights(logps, log_ratio))
         order = [candidates.index(passage) for passage in shown]
@@ -146,7 +148,7 @@ class Experiment:
             ],
             "chosen": record.chosen,
             "answer": record.prediction,
-            "probabilities": decisions.logps([[()]])[0][0].exp()[place].tolist(),
+            "probabilities": probabilities[place].tolist(),
             "permutations": [[order[i] for i in draw.permutations[p]] for p in place],
             "importance_weights": weights[place].tolist(),
         }

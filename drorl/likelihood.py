@@ -29,8 +29,7 @@ class PromptStates:
     Args:
         model (`nn.Module`): see [`TreeStates`].
         prompts (`list` of B token sequences): none is empty.
-        keep (`bool`): `False`: prompts and branches are encoded in one pass at the first question; the next one would
-            encode the prompts again.
+        keep (`bool`): keeps what a question has encoded for the next one, which otherwise encodes the prompts again.
     """
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], keep: bool = True):
@@ -43,7 +42,10 @@ class PromptStates:
         return self.states.cache is not None
 
     def fork(self) -> "PromptStates":
-        """Returns the same states without gradient; what is asked of them does not reach these."""
+        """Returns the same states without gradient; what is asked of them does not reach these.
+
+        It pays after the first question: before it there is nothing encoded to share.
+        """
         other = object.__new__(PromptStates)
         other.states, other._ends = self.states.fork(), self._ends
         return other

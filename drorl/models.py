@@ -45,6 +45,7 @@ _PROBE_TOKENS = 32  # of a first, small product
 _HOPELESS = 20  # times slower than of interest, in the small product: not worth a full one
 _MIN_SPEEDUP = 1.5
 _BUDGET_SECONDS = 0.05  # per data type
+_MIN_PRODUCTS = 3  # also where the first takes the whole budget, which may be a hiccup of the machine
 
 
 def build_smollm2(cache_dir: Path | None = None) -> Path:
@@ -188,10 +189,10 @@ def measure_gflops(dtype: torch.dtype, at_least: float = 0.0, clock: Callable[[]
             return best
         gflops, seconds = gflops_of_product(_PROBE_TOKENS)
         best, spent = max(best, gflops), spent + seconds
-    spent = 0.0
-    while spent < _BUDGET_SECONDS:
+    spent, products = 0.0, 0
+    while spent < _BUDGET_SECONDS or products < _MIN_PRODUCTS:
         gflops, seconds = gflops_of_product(tokens)
-        best, spent = max(best, gflops), spent + seconds
+        best, spent, products = max(best, gflops), spent + seconds, products + 1
     return best
 
 

@@ -103,16 +103,18 @@ class Decisions:
         self._states = PromptStates(model, [prompt.ids for prompt in prompts], keep)
         self._drawing: PromptStates | None = None
         # Every permutation passes through the first decision, so it is made in the prompts' own pass.
-        self._first = self._compute(self._states, [[()] for _ in prompts]) if self._states.kept else None
+        self._first: list[torch.Tensor] | None = None
         self._known: list[dict[Permutation, torch.Tensor]] = [{} for _ in prompts]
-        for known, rows in zip(self._known, self._first or [], strict=False):
-            known[()] = rows[0].detach().cpu()
+        if self._states.kept:
+            self._first = self._compute(self._states, [[()] for _ in prompts])
+            self._first_has_gradient = torch.is_grad_enabled()
+            self._known = [{(): rows[0].detach().cpu()} for rows in self._first]
 
     def _compute(self, states: PromptStates, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
         """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query, from one pass over the branches."""
         tables = [prompt.slate.decisions(asked) for prompt, asked in zip(self.prompts, prefixes, strict=True)]
         branches = [(query, context) for query, table in enumerate(tables) for context in table.contexts]
-        # Where everything is forced there is nothing to compute, but the prompts' pass keeps the graph whole.
+        # Where everything is forced there is nothing to ask, but a loss of it is to have a graph.
         logits = states.logits_after(branches or [(0, ())])
         sizes = [len(table.contexts) for table in tables]
         parts = logits[: sum(sizes)].split(sizes)
@@ -141,6 +143,9 @@ class Decisions:
         """Returns log p_s of each decision `(m, K)` and the entropies `(m,)` of each query, see [`gather_decisions`].
 
         With gradient where that is enabled.
+
+        Raises:
+            ValueError: if that is enabled now, but was not when the prompts were encoded.
         """
         prefixes = [prefixes_of(drawn) for drawn in permutations]
         logps = self._with_gradient(prefixes) if torch.is_grad_enabled() else self.logps(prefixes)
@@ -150,6 +155,8 @@ class Decisions:
         """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query; the first of its `prefixes` is `()`."""
         if self._first is None:
             return self._compute(self._states, prefixes)
+        if not self._first_has_gradient:
+            raise ValueError("these decisions were made without gradient: make new ones to train on")
         later = [of_query[1:] for of_query in prefixes]
         if not any(later):
             return self._first

@@ -71,7 +71,7 @@ class TreeStates:
                 "max_prompt_length, or score shorter answers"
             )
         unique = sorted(set(nodes))
-        if unique and unique[0] < len(self.slots):
+        if unique[0] < len(self.slots):
             raise ValueError(f"node {unique[0]} was encoded before: its logits are gone")
         encode = {"cached": self._rounds, "repeated": self._sequences}.get(self.backend, self._packed)
         return encode(unique)[_places(unique, nodes)]

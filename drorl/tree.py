@@ -175,8 +175,8 @@ def cut(tree: TokenTree, start: int = 0, device: str = "cpu") -> list[Block]:
         else:
             siblings.append(group)
     topmost: list[Block] = []
-    for parent in sorted(below):
-        for group in below[parent]:
+    for parent, groups in below.items():
+        for group in groups:
             block = Block(sorted(group), tree.path(parent))
             both = topmost[-1].joined(block, call_pairs, key_pairs) if topmost else None
             if both is None:

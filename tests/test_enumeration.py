@@ -533,6 +533,15 @@ def test_the_greedy_permutation_is_the_best_decision_at_each_step(
     assert greedy == expected
 
 
+def test_decisions_without_gradient_are_not_trained_on(model: PeftModel, exact: Enumeration) -> None:
+    """Half of their gradient would be missing, and nobody would notice."""
+    activate(model, SELECTOR)
+    with torch.no_grad():
+        decisions = decide(model, exact.prompt)
+    with pytest.raises(ValueError, match="made without gradient"):
+        decisions.permutation_logps([[(0, 1, 2)]])
+
+
 def test_each_decision_is_computed_once_whoever_asks(model: PeftModel, exact: Enumeration) -> None:
     """After a draw of everything, asking for the draw's log-probabilities again runs the model no more."""
     activate(model, SELECTOR)

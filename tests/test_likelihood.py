@@ -400,12 +400,21 @@ def test_prompts_answer_any_questions_one_after_the_other(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_fork_has_no_gradient_and_leaves_no_trace(tiny_model: Callable[..., LlamaForCausalLM], backend: str) -> None:
-    """What is asked of a fork is right, needs no graph, and the states answer afterwards as if it had not been."""
+    """What is asked of a fork is right, needs no graph, and the states answer afterwards as if it had not been.
+
+    It shares what was encoded before: where states are kept, it encodes the branch and no prompt.
+    """
     model = tiny_model(torch.float64)
     prompts, question = [[3, 1, 4, 1, 5]], [(0, (9, 2)), (0, ()), (0, (9,))]
     with through(backend, model):
         states = PromptStates(model, prompts)
+        states.logits_after([(0, ())])
         fork = states.fork()
+        if states.kept:
+            assert len(fork.states.slots) == len(prompts[0])
+            assert not any(
+                layer.keys.requires_grad or layer.values.requires_grad for layer in fork.states.cache.layers
+            )
         with torch.no_grad():
             torch.testing.assert_close(
                 fork.logits_after(question[:1]), naive_after(model, prompts, question[:1]), rtol=0, atol=1e-10

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drorl.attention import Layout
-from drorl.tree import TokenTree, cut
+from drorl.tree import Block, TokenTree, cut
 
 TOKENS = st.lists(st.integers(1, 4), min_size=1, max_size=5)  # few tokens, so that prefixes are shared by chance
 LENGTHS = st.lists(st.integers(1, 120), min_size=1, max_size=8)
@@ -121,6 +121,18 @@ def test_what_is_added_below_different_branches_stays_together() -> None:
     assert (len(block.nodes), len(block.path)) == (40, 1080)
     long = tree_of([*lengths, *[300] * 8], [*parents, *range(2, 10)])
     assert [(len(block.nodes), len(block.path)) for block in cut(long, 1080)] == [(300, 1010)] * 8
+
+
+def test_blocks_are_joined_where_the_pairs_that_this_masks_cost_less() -> None:
+    """Ten nodes below a path of 1,000, thirty below that and five more: 10 (5 + 30) + 30 (0 + 10) pairs are masked.
+
+    To save are a call and one copy of each key that both see.
+    """
+    block, other = Block(list(range(1005, 1015)), list(range(1000))), Block(list(range(1015, 1045)), list(range(1005)))
+    assert block.joined(other, call_pairs=649, key_pairs=0) is None
+    both = Block(list(range(1005, 1045)), list(range(1005)))
+    assert block.joined(other, call_pairs=650, key_pairs=0) == other.joined(block, 650, 0) == both
+    assert block.joined(other, call_pairs=0, key_pairs=1) == both
 
 
 def test_a_twin_stands_for_the_same_prefix() -> None:

@@ -41,26 +41,27 @@ def distinct(sequences: list[list[int]]) -> int:
     return len(tree)
 
 
-def test_on_policy_every_distinct_token_is_encoded_once(make_trainer: Make) -> None:
+@pytest.mark.parametrize("num_selected", [1, 2])
+def test_on_policy_every_distinct_token_is_encoded_once(make_trainer: Make, num_selected: int) -> None:
     """A step encodes the prompts once, later decisions twice (to draw, to train), and each context once.
 
-    With two queries in the micro-batch there is one pass for the prompts and the first of K = 2 decisions, one to draw
-    the second, one for its gradient, one for the generator.
+    With two queries in the micro-batch there is one pass for the prompts and the first decision, with K = 2 one to
+    draw the second and one for its gradient, and one for the generator.
     """
-    trainer = make_trainer(max_steps=1)
+    trainer = make_trainer(max_steps=1, num_selected=num_selected)
     backend_of(trainer.model)
     rollouts = record_rollouts(trainer)
     passes = encoded_tokens(trainer.model)
     trainer.train()
     drawn = [rollout for _, rollout in rollouts]
-    prompts, drawing, later, contexts = passes
+    prompts, *later, contexts = passes
 
     def asked(r: Rollout, prefixes: list[Permutation]) -> list[list[int]]:
         return [[*r.prompt.ids, *tokens] for tokens in [(), *r.prompt.slate.decisions(prefixes).contexts]]
 
     assert prompts == distinct([s for r in drawn for s in asked(r, [()])])
-    assert prompts + later == distinct([s for r in drawn for s in asked(r, prefixes_of(r.drawn))])
-    assert drawing == later
+    more = distinct([s for r in drawn for s in asked(r, prefixes_of(r.drawn))]) - prompts
+    assert later == [more, more] * (num_selected - 1)
     answers = [[*context, *r.answers[0][:-1]] for r in drawn for context in r.contexts]
     assert contexts == distinct(answers)
 

@@ -1,0 +1,54 @@
+"""The worked examples of an experiment; the whole of it is run by test_recipes.py."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast
+
+import drorl.backends
+from drorl.adapters import SELECTOR
+from drorl.config import DROConfig
+from drorl.evaluation import score_permutations
+from drorl.experiment import Experiment
+from drorl.pipeline import PipelineSettings, RAGPipeline
+from drorl.states import base_of
+
+
+@pytest.mark.parametrize("backend", ["blocks", "repeated"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_worked_example_shows_the_selectors_probabilities(
+    backend: str,
+    k: int,
+    adapted_model: Callable[..., PeftModel],
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Callable[..., list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    """Its probabilities are p_s of each candidate as the first, its weights p_g p_s / q normalised, to rounding.
+
+    Scoring makes the generator's adapter active; what is asked of the selector before and after must not mix.
+    """
+    model = adapted_model(randomise=True)
+    if backend == "repeated":  # nothing is kept, so every question asks the adapter that is active then
+        drorl.backends._backends[base_of(model)] = backend
+    config = DROConfig(str(tmp_path), num_candidates=4, num_selected=k, num_generations=4)
+    pipeline = RAGPipeline(model, tokenizer, PipelineSettings.from_config(config))
+    experiment = Experiment(config, Dataset.from_list(rows(2, 4)))
+    experiment.evaluate("dro", "DRO", pipeline)
+    for row, example in zip(experiment.rows, experiment.examples("dro", pipeline, 2), strict=True):
+        drawn = [tuple(z) for z in example["permutations"]]
+        pipeline.role(SELECTOR)
+        with torch.no_grad():
+            decisions = pipeline.decisions([row["query"]], [row["candidates"]])
+            first = decisions.logps([[()]])[0][0]
+            chosen = decisions.permutation_logps([drawn])[0][0]
+        assert example["probabilities"] == pytest.approx(first.exp().tolist(), abs=1e-5)
+        answer_logps = score_permutations(pipeline, row, row["candidates"], drawn, config.answer_target)
+        # q(z_1) = 1/N, and the later decisions are drawn from p_s itself.
+        expected = torch.softmax(answer_logps + chosen[:, 0], dim=0)
+        assert example["importance_weights"] == pytest.approx(expected.tolist(), abs=1e-5)
