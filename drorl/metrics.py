@@ -18,8 +18,8 @@ References:
 
 import re
 import string
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -161,12 +161,10 @@ def surface_form(answers: Sequence[str], texts: Sequence[str]) -> str:
     patterns = [normalize_answer(answer).split() for answer in KILT.golds(answers)]
     for text in texts:
         tokens, spans = _tokens_with_spans(text)
-        starts = defaultdict(list)
-        for position, token in enumerate(tokens):
-            starts[token].append(position)
         for pattern, found in zip(patterns, spellings, strict=True):
-            for start, end in _occurrences(pattern, tokens, starts):
-                found[_trim(text[spans[start][0] : spans[end - 1][1]])] += 1
+            for start in range(len(tokens) - len(pattern) + 1):
+                if pattern and tokens[start : start + len(pattern)] == pattern:
+                    found[_trim(text[spans[start][0] : spans[start + len(pattern) - 1][1]])] += 1
     best = max(spellings, key=Counter.total)
     return best.most_common(1)[0][0] if best else answers[0]
 
@@ -179,14 +177,6 @@ def _tokens_with_spans(text: str) -> tuple[list[str], list[tuple[int, int]]]:
             tokens.append(token)
             spans.append(chunk.span())
     return tokens, spans
-
-
-def _occurrences(pattern: list[str], tokens: list[str], starts: dict[str, list[int]]) -> Iterator[tuple[int, int]]:
-    """Start and end of each place where `pattern` is in `tokens`."""
-    for start in starts.get(pattern[0], ()) if pattern else ():
-        end = start + len(pattern)
-        if tokens[start:end] == pattern:
-            yield start, end
 
 
 def _trim(surface: str) -> str:

@@ -10,7 +10,7 @@ Training, sampling, evaluation and serving all call [`PromptBuilder`], so they c
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -46,6 +46,7 @@ class SelectorPrompt:
     slate: Slate
 
 
+@dataclass
 class PromptBuilder:
     """Renders and tokenizes the prompts of both roles.
 
@@ -59,25 +60,18 @@ class PromptBuilder:
         chat_template_kwargs (mapping, *optional*): for the chat template, as TRL's setting of that name.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        identifiers: str = "number",
-        num_selected: int = 5,
-        max_passage_tokens: int | None = None,
-        max_prompt_tokens: int | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ):
-        if tokenizer.eos_token_id is None:
+    tokenizer: PreTrainedTokenizerBase
+    identifiers: str = "number"
+    num_selected: int = 5
+    max_passage_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    num_passages: int = field(default=0, init=False)
+    num_truncated_passages: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token, so an answer could never end")
-        self.tokenizer = tokenizer
-        self.identifiers = identifiers
-        self.num_selected = num_selected
-        self.max_passage_tokens = max_passage_tokens
-        self.max_prompt_tokens = max_prompt_tokens
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self.num_passages = 0
-        self.num_truncated_passages = 0
         self._before, self._after = self._frame()
         self.end_id = self._end_of_turn()
 
@@ -91,31 +85,24 @@ class PromptBuilder:
         if self.tokenizer.chat_template is None:
             bos = self.tokenizer.bos_token_id
             return ([] if bos is None else [bos]), self._encode("\n")
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _CONTENT}],
-            tokenize=False,
-            add_generation_prompt=True,
-            **self.chat_template_kwargs,
-        )
-        before, after = text.split(_CONTENT)
-        encode = self.tokenizer
-        return (
-            encode(before, add_special_tokens=False)["input_ids"],
-            encode(after, add_special_tokens=False)["input_ids"],
-        )
+        before, after = self._rendered([{"role": "user", "content": _CONTENT}], add_generation_prompt=True)
+        return self._encode(before, split_special=False), self._encode(after, split_special=False)
 
     def _end_of_turn(self) -> int:
         """Returns the token that ends the model's turn, which is not always the tokenizer's end of sequence."""
         if self.tokenizer.chat_template is None:
             return self.tokenizer.eos_token_id
         turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": _CONTENT}]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, **self.chat_template_kwargs)
-        after = text.split(_CONTENT)[1]
-        ids = self.tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
+        ids = self._encode(self._rendered(turns)[1].strip(), split_special=False)
         return ids[0] if ids and ids[0] in self.tokenizer.all_special_ids else self.tokenizer.eos_token_id
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    def _rendered(self, turns: list[dict[str, str]], **options: Any) -> list[str]:
+        """Returns what the chat template writes before and after the content."""
+        options |= self.chat_template_kwargs or {}
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, **options).split(_CONTENT)
+
+    def _encode(self, text: str, split_special: bool = True) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special)["input_ids"]
 
     def selector(self, query: str, candidates: Sequence[Passage]) -> SelectorPrompt:
         """Returns the selector's prompt over N candidates, shown in the given order.

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drorl.curves import curves
+from drorl.errors import InvalidInputError
 from drorl.metrics import exact_match
 
 WITHOUT_VALUE = "–"
@@ -210,11 +211,11 @@ def write_report(run_dir: Path) -> Path:
         run_dir (`Path`): holds `summary.json` and, optionally, `log_history.json` and `examples.json`.
 
     Raises:
-        FileNotFoundError: when there is no `summary.json`.
+        InvalidInputError: when there is no `summary.json`.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "summary.json").is_file():
-        raise FileNotFoundError(f"{run_dir / 'summary.json'} is missing: a recipe writes it at the end of its run")
+        raise InvalidInputError(f"{run_dir / 'summary.json'} is missing: a recipe writes it at the end of its run")
     summary, history, examples = (
         _read_json(run_dir / f"{name}.json", default)
         for name, default in (("summary", {}), ("log_history", []), ("examples", []))

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .answers import answer_logps, scored_answers
 from .permutations import identifier_texts, parse_permutation
-from .prompts import PromptBuilder
+from .prompts import Passage, PromptBuilder
+
+Completion = str | Sequence[Mapping[str, str]]
 
 
 class AnswerLikelihoodReward:
@@ -56,38 +58,29 @@ class AnswerLikelihoodReward:
     @torch.no_grad()
     def __call__(
         self,
-        completions: Sequence[str | Sequence[Mapping[str, str]]],
+        completions: Sequence[Completion],
         query: Sequence[str],
         answers: Sequence[Sequence[str]],
-        candidates: Sequence[Sequence[Mapping[str, Any]]],
+        candidates: Sequence[Sequence[Passage]],
         **_: Any,
     ) -> list[float | None]:
         """Returns one reward per completion; each argument has one entry per completion."""
         rewards: list[float | None] = []
-        samples = zip(completions, query, answers, candidates, strict=True)
-        for _, of_query in groupby(samples, key=itemgetter(1)):  # the completions of a query stand together
-            rewards += self._rewards(list(of_query))
+        samples = zip(query, answers, candidates, completions, strict=True)
+        for row, of_query in groupby(samples, key=itemgetter(0, 1, 2)):  # the completions of a query stand together
+            rewards += self._rewards(*row, [completion for *_, completion in of_query])
         return rewards
 
-    def _rewards(self, samples: Sequence[tuple]) -> list[float | None]:
-        contexts = [self._context(completion, query, candidates) for completion, query, _, candidates in samples]
-        targets = [
-            scored_answers({"answers": answers, "candidates": candidates}, self.answer_target, len(candidates))
-            for _, _, answers, candidates in samples
-        ]
-        tokenized = [[self.prompts.answer(answer) for answer in ys] for ys in targets]
-        logps = answer_logps(self.model, contexts, tokenized).tolist()
-        return [logp if math.isfinite(logp) else None for logp in logps]
-
-    def _context(
-        self,
-        completion: str | Sequence[Mapping[str, str]],
-        query: str,
-        candidates: Sequence[Mapping[str, Any]],
-    ) -> list[int] | None:
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
+    def _rewards(
+        self, query: str, answers: Sequence[str], candidates: Sequence[Passage], completions: Sequence[Completion]
+    ) -> list[float | None]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         identifiers = identifier_texts(self.prompts.identifiers, [c["title"] for c in candidates])
-        permutation = parse_permutation(text, identifiers, self.prompts.num_selected).permutation
-        if permutation is None:
-            return None
-        return self.prompts.generator(query, [candidates[i] for i in permutation])
+        permutations = [parse_permutation(text, identifiers, self.prompts.num_selected).permutation for text in texts]
+        row = {"answers": answers, "candidates": candidates}
+        targets = [self.prompts.answer(a) for a in scored_answers(row, self.answer_target, len(candidates))]
+        contexts = [
+            None if z is None else self.prompts.generator(query, [candidates[i] for i in z]) for z in permutations
+        ]
+        logps = answer_logps(self.model, contexts, [targets] * len(contexts)).tolist()
+        return [logp if math.isfinite(logp) else None for logp in logps]

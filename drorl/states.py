@@ -1,6 +1,8 @@
 """The states of a prefix tree under one model, in three ways; see [`likelihood`]."""
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import nn
@@ -49,9 +51,9 @@ class TreeStates:
         self.windows: list[int | None] = []
         """What the layers said of their sliding windows (`blocks` only)."""
 
-    def fork(self) -> "TreeStates":
-        """Returns states that grow on their own, without gradient; nothing is copied."""
-        other = TreeStates(self.model, self.backend)
+    def fork(self) -> Self:
+        """Returns states that grow on their own, without gradient; keys and values are not copied."""
+        other = copy.copy(self)
         other.tree, other.slots = self.tree.copy(), self.slots[:]
         if self.cache is not None:
             other.cache = _cache_of([(layer.keys.detach(), layer.values.detach()) for layer in self.cache.layers])
@@ -76,8 +78,13 @@ class TreeStates:
         encode = {"cached": self._rounds, "repeated": self._sequences}.get(self.backend, self._packed)
         return encode(unique)[_places(unique, nodes)]
 
-    def _run(self, ids: torch.Tensor, **inputs: object) -> torch.Tensor:
-        return self.model(input_ids=ids.to(self.device), **inputs).logits
+    def _run(
+        self, nodes: torch.Tensor, mask: torch.Tensor | BlockMask, keep: Sequence[int], **inputs: object
+    ) -> torch.Tensor:
+        """Returns the logits of rows of nodes at the columns `keep`, `(rows, len(keep), V)`; -1 is padding."""
+        ids = torch.tensor(self.tree.tokens)[nodes].to(self.device)
+        columns = torch.tensor(keep, dtype=torch.long, device=self.device)
+        return self.model(input_ids=ids, attention_mask=mask, logits_to_keep=columns, **inputs).logits
 
     # ---------------------------------------------------------------------------------------------------------- packed
     def _packed(self, nodes: list[int]) -> torch.Tensor:
@@ -86,18 +93,14 @@ class TreeStates:
             layout = Layout(tree, self.slots, self.device, self.dtype)
             order, slots = layout.order, layout.slots
             # Any mask of four dimensions is handed on as it is, and this one is not looked at.
-            attention = {"tree": layout, "attention_mask": torch.empty(1, 1, 1, 1, device=self.device)}
+            mask, extra = torch.empty(1, 1, 1, 1, device=self.device), {"tree": layout}
         else:
             order, slots = list(range(start, len(tree))), list(range(len(tree)))
-            attention = {"attention_mask": self._mask(start)}
-        logits = self._run(
-            torch.tensor([[tree.tokens[node] for node in order]]),
-            position_ids=torch.tensor([[tree.positions[node] for node in order]], device=self.device),
-            past_key_values=self.cache,
-            use_cache=self.cache is not None,
-            logits_to_keep=torch.tensor(_places(order, nodes), dtype=torch.long, device=self.device),
-            **attention,
-        )
+            mask, extra = self._mask(start), {}
+        row = torch.tensor([order])
+        positions = torch.tensor(tree.positions)[row].to(self.device)
+        states = {"past_key_values": self.cache, "use_cache": self.cache is not None}
+        logits = self._run(row, mask, _places(order, nodes), position_ids=positions, **states, **extra)
         if self.cache is not None:
             self.slots = slots
         if self.backend == "blocks":
@@ -143,7 +146,7 @@ class TreeStates:
             scored += [runs[row].nodes[t] for row, t in places]
             for node in (node for run in runs for node in run.nodes):
                 slots[node], count = count, count + 1
-            cache = _extended(cache, states, new >= 0)
+            _append(cache, states, new >= 0)
         if self.cache is not None:
             self.cache, self.slots = cache, slots
         return torch.cat(found)[_places(scored, nodes)]
@@ -158,14 +161,9 @@ class TreeStates:
             for layer in (cache.layers if past.shape[1] else [])
         ]
         behind = _cache_of(gathered)
-        logits = self._run(
-            torch.tensor(self.tree.tokens)[new],
-            attention_mask=torch.cat([past >= 0, new >= 0], dim=1).long().to(self.device),
-            position_ids=torch.tensor(self.tree.positions)[new].to(self.device),
-            past_key_values=behind,
-            use_cache=True,
-            logits_to_keep=torch.tensor(keep, device=self.device),
-        )
+        mask = torch.cat([past >= 0, new >= 0], dim=1).long().to(self.device)
+        positions = torch.tensor(self.tree.positions)[new].to(self.device)
+        logits = self._run(new, mask, keep, position_ids=positions, past_key_values=behind, use_cache=True)
         width = past.shape[1]
         return logits, [(layer.keys[:, :, width:], layer.values[:, :, width:]) for layer in behind.layers]
 
@@ -176,18 +174,11 @@ class TreeStates:
         paths = {node: tree.path(node) for node in nodes}
         inner = {node for path in paths.values() for node in path[:-1]}
         leaves = [node for node in nodes if node not in inner]
-        ids = pad_sequence(
-            [torch.tensor([tree.tokens[node] for node in paths[leaf]]) for leaf in leaves], batch_first=True
-        )
-        mask = torch.arange(ids.shape[1]) < torch.tensor([[len(paths[leaf])] for leaf in leaves])
+        rows = [torch.tensor(paths[leaf]) for leaf in leaves]
+        new = pad_sequence(rows, batch_first=True, padding_value=-1)
         row_of = {node: row for row, leaf in enumerate(leaves) for node in paths[leaf]}
         keep = sorted({tree.positions[node] for node in nodes})
-        logits = self._run(
-            ids,
-            attention_mask=mask.long().to(self.device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(keep, device=self.device),
-        )
+        logits = self._run(new, (new >= 0).long().to(self.device), keep, use_cache=False)
         return _picked(logits, [(row_of[node], tree.positions[node]) for node in nodes], keep)
 
 
@@ -229,20 +220,8 @@ def _cache_of(states: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCac
     return cache
 
 
-def _extended(
-    cache: DynamicCache, states: Sequence[tuple[torch.Tensor, torch.Tensor]], valid: torch.Tensor
-) -> DynamicCache:
+def _append(cache: DynamicCache, states: Sequence[tuple[torch.Tensor, torch.Tensor]], valid: torch.Tensor) -> None:
     """Appends the states of padded rows to a cache of one row, without their padding."""
     rows, columns = (index.to(states[0][0].device) for index in valid.nonzero(as_tuple=True))
-    flat = [
-        (keys[rows, :, columns].transpose(0, 1)[None], values[rows, :, columns].transpose(0, 1)[None])
-        for keys, values in states
-    ]
-    if not cache.layers:
-        return _cache_of(flat)
-    return _cache_of(
-        [
-            (torch.cat([layer.keys, keys], dim=2), torch.cat([layer.values, values], dim=2))
-            for layer, (keys, values) in zip(cache.layers, flat, strict=True)
-        ]
-    )
+    for layer, pair in enumerate(states):
+        cache.update(*(s[rows, :, columns].transpose(0, 1)[None] for s in pair), layer)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Values = Sequence[float] | np.ndarray
 _MAX_DRAWS_AT_ONCE = 1 << 22  # indices in memory at a time: 32 MiB
 
 
@@ -31,11 +32,7 @@ class Interval:
 
 
 def paired_bootstrap(
-    a: Sequence[float] | np.ndarray,
-    b: Sequence[float] | np.ndarray,
-    num_resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    a: Values, b: Values, num_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
 ) -> Interval:
     """Returns the mean of `b - a` over questions with its bootstrap interval; above 0 means that `b` is larger.
 
@@ -60,9 +57,7 @@ def paired_bootstrap(
     return bootstrap_mean(second - first, num_resamples, seed, confidence)
 
 
-def bootstrap_mean(
-    a: Sequence[float] | np.ndarray, num_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
-) -> Interval:
+def bootstrap_mean(a: Values, num_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95) -> Interval:
     """Returns the mean of `a` over questions with its bootstrap interval. Arguments as in `paired_bootstrap`.
 
     One question says nothing about how others differ from it: its interval is unbounded.
@@ -91,7 +86,7 @@ def _resampled_means(values: np.ndarray, num_resamples: int, seed: int) -> np.nd
     return np.concatenate([values[rng.integers(len(values), size=(size, len(values)))].mean(axis=1) for size in sizes])
 
 
-def _values(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
+def _values(values: Values, name: str) -> np.ndarray:
     """Returns `values` as a float vector, or raises a `ValueError` saying which value cannot be averaged."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not len(array):

@@ -57,23 +57,6 @@ from .rollouts import (
 from .states import checkpoints_gradients
 from .two_roles import TwoRoleTrainer, peak_memory
 
-# Every private name of TRL and transformers that is overridden or used here; tests/test_trl_contract.py checks each
-# against the installed version, so that an upgrade fails with one clear message.
-OVERRIDDEN_TRL_HOOKS = {
-    "_generate_and_score_completions": ("inputs",),
-    "training_step": ("model", "inputs", "num_items_in_batch"),
-    "_compute_loss": ("model", "inputs"),
-    "_get_train_sampler": ("dataset",),
-    "_save_checkpoint": ("model", "trial"),
-    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
-    "_load_best_model": (),
-    "_clip_grad_norm": ("model",),
-    "_save": ("output_dir", "state_dict"),
-    "create_optimizer": ("model",),
-    "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
-}
-USED_TRL_HOOKS = {"_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations")}
-
 SUPPORTED_ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 logger = logging.get_logger(__name__)
 

@@ -19,6 +19,7 @@ in the rest of the model. So the tree is cut into *blocks*, each a set of tokens
 block `P Q`, plainly causal, and one block `a b c d` that sees `P Q`.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,21 +102,16 @@ class TokenTree:
 
     def segments(self, start: int = 0) -> list["Segment"]:
         """Returns the nodes from `start` on as unbranched runs, parents before their children."""
+        children = Counter(parent for parent in self.parents[start:] if parent >= start)
         runs: list[Segment] = []
-        children = [0] * len(self)
-        for node in range(start, len(self)):
-            if self.parents[node] >= start:
-                children[self.parents[node]] += 1
-        ending: dict[int, Segment] = {}  # by last node
-        for node in range(start, len(self)):
-            parent = self.parents[node]
-            above = ending.get(parent)
-            if above is not None and children[parent] == 1:
-                above.nodes.append(node)
-                ending[node] = ending.pop(parent)
+        run_of: dict[int, Segment] = {}
+        for node, parent in enumerate(self.parents[start:], start):
+            if children[parent] == 1:
+                run_of[node] = run_of[parent]
+                run_of[node].nodes.append(node)
             else:
-                ending[node] = Segment([node], parent)
-                runs.append(ending[node])
+                run_of[node] = Segment([node], parent)
+                runs.append(run_of[node])
         return runs
 
 

@@ -52,16 +52,11 @@ class TwoRoleTrainer(AtomicCheckpoints):
         """Creates the optimizer with one parameter group per trained role, each with its own learning rate."""
         if self.optimizer is None:
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            rates = {SELECTOR: self.args.learning_rate, GENERATOR: self.args.generator_learning_rate}
-            groups = [
-                {
-                    "params": parameters,
-                    "lr": self.args.learning_rate if rates[role] is None else rates[role],
-                    "weight_decay": self.args.weight_decay,
-                }
-                for role, parameters in self._trained_parameters().items()
-            ]
-            self.optimizer = optimizer_cls(groups, **kwargs)
+            trained, decay = self._trained_parameters(), self.args.weight_decay
+            groups = {role: {"params": parameters, "weight_decay": decay} for role, parameters in trained.items()}
+            if GENERATOR in groups and self.args.generator_learning_rate is not None:
+                groups[GENERATOR]["lr"] = self.args.generator_learning_rate
+            self.optimizer = optimizer_cls(list(groups.values()), **kwargs)
         # The Trainer zeroes the gradients of `self.model` only; a separate generator is not part of it.
         self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
         return self.optimizer
@@ -109,13 +104,9 @@ class TwoRoleTrainer(AtomicCheckpoints):
         rows = self.eval_dataset if eval_dataset is None else self._rows(eval_dataset, self.args)
         if rows is None:
             raise ValueError("evaluate() needs an eval_dataset")
-        mode = "train" if self.model.training else "eval"
-        self.model.eval()  # `log` names the metrics after the mode
-        self.last_records = evaluate_rows(
-            self.pipeline, rows, answer_target=self.args.answer_target, num_samples=self.args.num_generations
-        )
+        self.last_records = evaluate_rows(self.pipeline, rows, self.args.answer_target, self.args.num_generations)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in aggregate(self.last_records).items()}
-        self.log(dict(metrics))
+        with self.pipeline.evaluating():  # `log` names the metrics after the mode
+            self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.model.train(mode == "train")
         return metrics

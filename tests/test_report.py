@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from drorl.errors import InvalidInputError
 from drorl.report import METRICS, Metric, flatten, headline, summary_table, verdict, write_report
 
 
@@ -254,7 +255,7 @@ def test_bare_run_still_makes_a_page(tmp_path):
 
 
 def test_missing_summary_is_a_clear_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="summary.json is missing: a recipe writes it"):
+    with pytest.raises(InvalidInputError, match="summary.json is missing: a recipe writes it"):
         write_report(tmp_path)
 
 

@@ -20,9 +20,25 @@ from trl import GRPOConfig, GRPOTrainer
 from trl import __version__ as trl_version
 
 from drorl.checkpoints import AtomicCheckpoints
-from drorl.trainer import OVERRIDDEN_TRL_HOOKS, USED_TRL_HOOKS, DROTrainer
+from drorl.trainer import DROTrainer
 from drorl.two_roles import TwoRoleTrainer
 
+# Every private name of TRL and transformers that is overridden or used in drorl. Each is checked against the
+# installed version, so that an upgrade fails with one clear message.
+OVERRIDDEN_TRL_HOOKS = {
+    "_generate_and_score_completions": ("inputs",),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+    "_compute_loss": ("model", "inputs"),
+    "_get_train_sampler": ("dataset",),
+    "_save_checkpoint": ("model", "trial"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_best_model": (),
+    "_clip_grad_norm": ("model",),
+    "_save": ("output_dir", "state_dict"),
+    "create_optimizer": ("model",),
+    "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
+}
+USED_TRL_HOOKS = {"_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations")}
 HOOKS = {**OVERRIDDEN_TRL_HOOKS, **USED_TRL_HOOKS}
 
 
