@@ -27,7 +27,8 @@ def backend_of(model: nn.Module) -> str:
 
 
 def _choose(base: PreTrainedModel) -> str:
-    reasons, mode = [], base.training
+    reasons = []
+    training = [module for module in base.modules() if module.training]  # some may be in evaluation mode, and stay so
     base.eval()
     try:
         for backend in ("blocks", "mask", "cached", "repeated"):
@@ -37,7 +38,8 @@ def _choose(base: PreTrainedModel) -> str:
             uninstall(base)
             reasons.append(f"{backend}: {reason}")
     finally:
-        base.train(mode)
+        for module in training:
+            module.training = True
     if reasons:
         logger.warning(f"{type(base).__name__}: shared prefixes are {backend} ({'; '.join(reasons)})")
     return backend

@@ -29,7 +29,7 @@ class ResumableSampler(RepeatSampler):
     """
 
     def __init__(self, sampler: RepeatSampler):
-        self.__dict__ |= vars(sampler)
+        self.__dict__ |= vars(sampler)  # whatever arguments TRL's takes, and its random state
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the order of an epoch; the data loader calls this at the beginning of each."""

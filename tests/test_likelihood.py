@@ -253,6 +253,15 @@ def test_an_attention_that_ignores_the_tree_is_found_out(
     torch.testing.assert_close(sequence_logps(model, FORKED), naive_logps(model, FORKED), rtol=0, atol=1e-10)
 
 
+def test_the_self_check_leaves_every_module_in_its_mode(tiny_model: Callable[..., LlamaForCausalLM]) -> None:
+    """A layer that is in evaluation mode while the model trains stays there."""
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    backend_of(model)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_a_layer_that_does_not_say_how_far_it_sees_is_found_out() -> None:
     """A window that is longer than the self-check, and that a layer keeps to itself, is no tree of blocks."""
     config = Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=64, layer_types=WINDOWED)

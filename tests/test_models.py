@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -200,6 +200,19 @@ def test_on_a_gpu_nothing_is_measured(supported: bool, chosen: torch.dtype, monk
     assert models.choose_dtype("auto") == models.choose_dtype("auto", "cuda:1") == models.DtypeChoice(chosen)
 
 
+def clock_of(durations: Iterator[float]) -> Callable[[], float]:
+    """A clock that is read before and after each product, which takes the next of `durations`, in seconds."""
+    now, starting = 0.0, True
+
+    def clock() -> float:
+        nonlocal now, starting
+        now += 0.0 if starting else next(durations)
+        starting = not starting
+        return now
+
+    return clock
+
+
 def test_a_hopeless_type_is_given_up_at_once() -> None:
     """Where a small product takes a second, two are made and no full one; the speed is that of the small one."""
     ticks = count()
@@ -214,14 +227,7 @@ def test_a_hiccup_of_the_machine_is_not_taken_for_a_hopeless_type() -> None:
     It did: a demo ran in float32 because one product of 30 µs had been interrupted.
     """
     durations = iter([0.5, 4e-3, 3e-5, 0.06, 0.03, 0.03])  # warm-up and two products of 32 tokens, then three of 512
-    now, starting = [0.0], [True]
-
-    def clock() -> float:
-        now[0] += 0.0 if starting[0] else next(durations)
-        starting[0] = not starting[0]
-        return now[0]
-
-    gflops = models.measure_gflops(torch.bfloat16, at_least=500.0, clock=clock)
+    gflops = models.measure_gflops(torch.bfloat16, at_least=500.0, clock=clock_of(durations))
     assert gflops == pytest.approx(max(2e-9 * 32 * 576 * 1536 / 3e-5, 2e-9 * 512 * 576 * 1536 / 0.03))
     assert list(durations) == []
 
@@ -229,28 +235,18 @@ def test_a_hiccup_of_the_machine_is_not_taken_for_a_hopeless_type() -> None:
 def test_measured_speed_is_that_of_the_fastest_product() -> None:
     """Products are timed until 0.05 s are spent, and the fastest counts: other processes only make them slower."""
     durations = iter([0.5, 0.01, 0.02, 0.01, 0.04])  # a warm-up of 32 tokens, then full products of 512
-    now, starting = [0.0], [True]
-
-    def clock() -> float:
-        now[0] += 0.0 if starting[0] else next(durations)
-        starting[0] = not starting[0]
-        return now[0]
-
-    assert models.measure_gflops(torch.float32, clock=clock) == pytest.approx(2e-9 * 512 * 576 * 1536 / 0.01)
+    assert models.measure_gflops(torch.float32, clock=clock_of(durations)) == pytest.approx(
+        2e-9 * 512 * 576 * 1536 / 0.01
+    )
     assert list(durations) == []
 
 
 def test_a_hiccup_of_the_machine_does_not_make_float32_slow() -> None:
     """A first product that takes more than the whole budget is not the only one."""
     durations = iter([0.5, 0.065, 0.01, 0.01])
-    now, starting = [0.0], [True]
-
-    def clock() -> float:
-        now[0] += 0.0 if starting[0] else next(durations)
-        starting[0] = not starting[0]
-        return now[0]
-
-    assert models.measure_gflops(torch.float32, clock=clock) == pytest.approx(2e-9 * 512 * 576 * 1536 / 0.01)
+    assert models.measure_gflops(torch.float32, clock=clock_of(durations)) == pytest.approx(
+        2e-9 * 512 * 576 * 1536 / 0.01
+    )
 
 
 def test_a_named_type_is_taken_at_its_word() -> None:
