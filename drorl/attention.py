@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .tree import TokenTree, cut
+from .tree import Block, TokenTree, cut
 
 TREE_ATTENTION = "drorl_tree"
 # What a model may hand to its attention besides queries, keys and values, and `tree_attention` knows how to treat.
@@ -33,24 +33,19 @@ class Layout:
     """
 
     def __init__(self, tree: TokenTree, slots: Sequence[int], device: torch.device, dtype: torch.dtype):
-        blocks = cut(tree, len(slots), device.type)
-        self.order = [node for block in blocks for node in block.nodes]
+        self._tree, self._device, self._dtype = tree, device, dtype
+        self.blocks = cut(tree, len(slots), device.type)
+        self.order = [node for block in self.blocks for node in block.nodes]
         self.slots = [*slots, *[0] * len(self.order)]
         """Where the keys of each node stand once the new ones are appended to the cache."""
         for slot, node in enumerate(self.order, start=len(slots)):
             self.slots[node] = slot
         self.windows: list[int | None] = []
         """The sliding window of each layer that has attended along this layout."""
-        positions = torch.tensor(tree.positions)
-        self.blocks: list[_PackedBlock] = []
-        keys: list[int] = []
-        for block in blocks:
-            seen = [*block.path, *block.nodes]
-            keys += [self.slots[node] for node in seen]
-            visible = None if block.is_causal(tree) else tree.visibility(block.nodes, seen)
-            self.blocks.append(_PackedBlock(visible, positions[block.nodes], positions[seen], device, dtype))
-        self.num_queries = [len(block.nodes) for block in blocks]
-        self.num_keys = [len(block.path) + len(block.nodes) for block in blocks]
+        self._masks: dict[int | None, list[torch.Tensor | None]] = {}
+        self.num_queries = [len(block.nodes) for block in self.blocks]
+        self.num_keys = [len(block.seen) for block in self.blocks]
+        keys = [self.slots[node] for block in self.blocks for node in block.seen]
         self._keys = None if keys == list(range(len(self.slots))) else torch.tensor(keys, device=device)
 
     def split_queries(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -66,36 +61,22 @@ class Layout:
             states = states.index_select(2, self._keys)
         return states.split(self.num_keys, dim=2)
 
-
-class _PackedBlock:
-    """Who sees whom in one dense product."""
-
-    def __init__(
-        self,
-        visible: torch.Tensor | None,
-        of_queries: torch.Tensor,
-        of_keys: torch.Tensor,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self._visible, self._of_queries, self._of_keys = visible, of_queries, of_keys
-        self._device, self._dtype = device, dtype
-        self._masks: dict[int | None, torch.Tensor | None] = {}
-
-    def mask(self, window: int | None) -> torch.Tensor | None:
-        """Returns the additive mask `(queries, keys)`; `None` where plain causal attention is the same."""
-        # Every path begins at the root, position 0: the last query reaches as far back as its own position.
-        window = window if window is not None and self._of_queries.max() >= window else None
+    def masks(self, window: int | None) -> list[torch.Tensor | None]:
+        """Returns the additive mask `(queries, keys)` of each block; `None`: plain causal attention is the same."""
         if window not in self._masks:
-            visible = self._visible
-            if window is not None:
-                distances = self._of_queries[:, None] - self._of_keys
-                visible = (distances >= 0 if visible is None else visible) & (distances < window)
-            mask = None
-            if visible is not None:
-                mask = torch.zeros(visible.shape, dtype=self._dtype).masked_fill(~visible, -torch.inf)
-            self._masks[window] = None if mask is None else mask.to(self._device)
+            self._masks[window] = [self._mask(block, window) for block in self.blocks]
         return self._masks[window]
+
+    def _mask(self, block: Block, window: int | None) -> torch.Tensor | None:
+        visible = None if block.is_causal(self._tree) else self._tree.visibility(block.nodes, block.seen)
+        positions = torch.tensor(self._tree.positions)
+        # Every path begins at the root, position 0: the last query reaches as far back as its own position.
+        if window is not None and positions[block.nodes].max() >= window:
+            distances = positions[block.nodes][:, None] - positions[block.seen]
+            visible = (distances >= 0 if visible is None else visible) & (distances < window)
+        if visible is None:
+            return None
+        return torch.zeros(visible.shape, dtype=self._dtype).masked_fill(~visible, -torch.inf).to(self._device)
 
 
 def tree_attention(
@@ -119,8 +100,10 @@ def tree_attention(
     window = kwargs.get("sliding_window")
     tree.windows.append(window)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    states = zip(tree.split_queries(query), tree.split_keys(key), tree.split_keys(value), tree.blocks, strict=True)
-    outputs = [_attend(q, k, v, block.mask(window), scale).transpose(1, 2) for q, k, v, block in states]
+    parts = zip(
+        tree.split_queries(query), tree.split_keys(key), tree.split_keys(value), tree.masks(window), strict=True
+    )
+    outputs = [_attend(*part, scale).transpose(1, 2) for part in parts]
     return torch.cat(outputs, dim=1), None
 
 

@@ -1,19 +1,11 @@
 """Settings of a DRO run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from trl import GRPOConfig
 
-from .settings import (
-    ANSWER_TARGETS,
-    BASELINES,
-    GENERATOR_OBJECTIVES,
-    IDENTIFIERS,
-    PROPOSALS,
-    SELECTOR_OBJECTIVES,
-    DROSettings,
-)
+from .settings import DROSettings
 
 SCALES = ("group", "none")
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
@@ -121,12 +113,9 @@ class DROConfig(DROSettings, GRPOConfig):
         self._check_combinations()
 
     def _check_choices(self) -> None:
-        _choice("answer_target", self.answer_target, ANSWER_TARGETS)
-        _choice("identifiers", self.identifiers, IDENTIFIERS)
-        _choice("proposal", self.proposal, PROPOSALS)
-        _choice("selector_objective", self.selector_objective, SELECTOR_OBJECTIVES)
-        _choice("generator_objective", self.generator_objective, GENERATOR_OBJECTIVES)
-        _choice("baseline", self.baseline, BASELINES)
+        for setting in fields(DROSettings):
+            if choices := setting.metadata.get("choices"):
+                _choice(setting.name, getattr(self, setting.name), choices)
         _choice("loss_type", self.loss_type, LOSS_TYPES)
         # TRL's "batch" spans all processes; a query's samples never leave theirs here.
         _choice("scale_rewards", {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards), SCALES)
@@ -173,15 +162,13 @@ class DROConfig(DROSettings, GRPOConfig):
             )
         if self.proposal == "retriever" and self.num_generations != 1:
             raise ValueError("proposal='retriever' has one permutation per query: set num_generations=1")
-        if self.selector_objective in ("grpo", "rloo") and (self.proposal, self.proposal_temperature) != (
-            "policy",
-            1.0,
-        ):
+        on_policy = self.proposal == "policy" and self.proposal_temperature == 1.0
+        if self.selector_objective in ("grpo", "rloo") and not on_policy:
             raise ValueError(
                 f"selector_objective={self.selector_objective!r} has no weights to correct for another proposal: it "
                 "needs proposal='policy' and proposal_temperature=1"
             )
-        if not self.constrained and (self.proposal != "policy" or self.proposal_temperature != 1.0):
+        if not self.constrained and not on_policy:
             raise ValueError("constrained=False samples free text: it needs proposal='policy', proposal_temperature=1")
         if not self.constrained and self.retrieval_prior_weight:
             raise ValueError("retrieval_prior_weight needs constrained=True: free text has no candidate to weigh")

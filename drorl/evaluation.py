@@ -1,11 +1,11 @@
 """Evaluation of a system on held-out questions, question by question, so that systems can be compared in pairs."""
 
-import dataclasses
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from itertools import islice
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -22,6 +22,7 @@ from .pipeline import Passage, RAGPipeline
 from .weights import iw_elbo, log_importance_weights
 
 _STDERR = Console(stderr=True)
+Chosen = tuple[Mapping[str, Any], list[int], float, float]  # row, candidates, answer_logp, iw_elbo
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,14 @@ class Record:
     prediction: str
     exact_match: float
     f1: float
-    recall: dict[int, float]
-    """k -> whether one of the first k chosen passages contains an answer."""
+    recall: list[float]
+    """For k = 1..K, whether one of the first k chosen passages contains an answer."""
     answer_logp: float
     """log p_g(y | x, chosen passages), nats."""
     iw_elbo: float
     """The bound on log p(y|x), nats; NaN for a system without a selector."""
     chosen: list[int]
     """The chosen passages, as indices into the row's candidates."""
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """Returns the record that `dataclasses.asdict` and JSON made of one."""
-        recall = {int(k): value for k, value in record["recall"].items()}
-        return dataclasses.replace(cls(**record), recall=recall)
 
 
 def evaluate_rows(
@@ -74,34 +69,15 @@ def evaluate_rows(
     state = PartialState()
     rows = list(rows)
     shard = rows[state.process_index :: state.num_processes]
-    progress = shard if description is None else track(shard, description, transient=True, console=_STDERR)
+    progress = iter(shard if description is None else track(shard, description, transient=True, console=_STDERR))
     records: list[Record] = []
-    pending: list[_Pending] = []
     with pipeline.evaluating():
-        for row in progress:
-            pending.append(_select(pipeline, row, answer_target, num_samples, use_selector))
-            if len(pending) == batch_size:
-                records += _answer(pipeline, pending)
-                pending = []
-        records += _answer(pipeline, pending)
-    gathered = [records]
-    if state.num_processes > 1:
-        gathered = gather_object([records])
+        while block := [
+            _select(pipeline, row, answer_target, num_samples, use_selector) for row in islice(progress, batch_size)
+        ]:
+            records += _answer(pipeline, block)
+    gathered = gather_object([records])
     return [gathered[i % state.num_processes][i // state.num_processes] for i in range(len(rows))]
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A question whose passages are chosen and whose answer is not written yet."""
-
-    row: Mapping[str, Any]
-    chosen: list[int]
-    answer_logp: float
-    iw_elbo: float
-
-    @property
-    def passages(self) -> list[Passage]:
-        return [self.row["candidates"][i] for i in self.chosen]
 
 
 def score_permutations(
@@ -121,13 +97,13 @@ def score_permutations(
 
 def _select(
     pipeline: RAGPipeline, row: Mapping[str, Any], answer_target: str, num_samples: int, use_selector: bool
-) -> _Pending:
+) -> Chosen:
     """Chooses passages for one question, and scores its answer under them."""
     settings, candidates = pipeline.settings, list(row["candidates"])
     if not use_selector:
         order = tuple(range(settings.num_selected))
         logps = score_permutations(pipeline, row, candidates, [order], answer_target)
-        return _Pending(row, list(order), float(logps[0]), math.nan)
+        return row, list(order), float(logps[0]), math.nan
     shown = pipeline.present(row["query"], candidates)
     decisions = pipeline.decisions([row["query"]], [shown])
     [greedy] = decisions.greedy()
@@ -135,42 +111,39 @@ def _select(
     generator = torch.Generator().manual_seed(zlib.crc32(row["query"].encode()))
     [draw] = decisions.sample(num_samples, every_first_choice=settings.num_selected == 1, generators=[generator])
     logps = score_permutations(pipeline, row, shown, [greedy, *draw.permutations], answer_target)
-    [(selector_logps, _)] = decisions.permutation_logps([draw.permutations])
-    log_ratio = (selector_logps - draw.proposal_logps).sum(dim=-1)
-    bound = iw_elbo(log_importance_weights(logps[1:], log_ratio))
-    return _Pending(row, [candidates.index(shown[i]) for i in greedy], float(logps[0]), float(bound))
+    bound = iw_elbo(log_importance_weights(logps[1:], draw.log_ratio))
+    return row, [candidates.index(shown[i]) for i in greedy], float(logps[0]), float(bound)
 
 
-def _answer(pipeline: RAGPipeline, pending: Sequence[_Pending]) -> list[Record]:
-    if not pending:
-        return []
-    prompts = pipeline.generator_prompts
-    predictions = pipeline.generate([prompts.generator(p.row["query"], p.passages) for p in pending])
+def _answer(pipeline: RAGPipeline, block: Sequence[Chosen]) -> list[Record]:
+    passages = [[row["candidates"][i] for i in chosen] for row, chosen, _, _ in block]
+    contexts = [pipeline.generator_prompts.generator(b[0]["query"], p) for b, p in zip(block, passages, strict=True)]
+    predictions = pipeline.generate(contexts)
     return [
         Record(
-            query=p.row["query"],
+            query=row["query"],
             prediction=prediction,
-            exact_match=exact_match(prediction, p.row["answers"]),
-            f1=f1(prediction, p.row["answers"]),
-            recall=recalls(p.passages, p.row["answers"]),
-            answer_logp=p.answer_logp,
-            iw_elbo=p.iw_elbo,
-            chosen=p.chosen,
+            exact_match=exact_match(prediction, row["answers"]),
+            f1=f1(prediction, row["answers"]),
+            recall=recalls(read, row["answers"]),
+            answer_logp=answer_logp,
+            iw_elbo=bound,
+            chosen=chosen,
         )
-        for p, prediction in zip(pending, predictions, strict=True)
+        for (row, chosen, answer_logp, bound), read, prediction in zip(block, passages, predictions, strict=True)
     ]
 
 
-def recalls(passages: Sequence[Passage], answers: Sequence[str]) -> dict[int, float]:
+def recalls(passages: Sequence[Passage], answers: Sequence[str]) -> list[float]:
     """Returns recall@k for each k up to K: whether a normalised answer occurs in one of the first k passages."""
     found = [contains_answer(p["text"], answers) for p in passages]
-    return {k: float(any(found[:k])) for k in range(1, len(found) + 1)}
+    return [float(any(found[: k + 1])) for k in range(len(found))]
 
 
 def per_question(records: Sequence[Record], metric: str) -> list[float]:
     """Returns one value per question of `exact_match`, `f1`, `recall@k`, `answer_logp` or `iw_elbo`."""
     if metric.startswith("recall@"):
-        return [record.recall[int(metric.removeprefix("recall@"))] for record in records]
+        return [record.recall[int(metric.removeprefix("recall@")) - 1] for record in records]
     return [getattr(record, metric) for record in records]
 
 
@@ -182,8 +155,8 @@ def aggregate(records: Sequence[Record]) -> dict[str, float]:
     """
     if not records:
         raise InvalidInputError("there is no question to evaluate on")
-    depths = sorted(records[0].recall)
-    names = ["exact_match", "f1", *(f"recall@{k}" for k in depths if k in (1, 3, 5)), "answer_logp", "iw_elbo"]
+    depths = [k for k in (1, 3, 5) if k <= len(records[0].recall)]
+    names = ["exact_match", "f1", *(f"recall@{k}" for k in depths), "answer_logp", "iw_elbo"]
     means = {name: mean_of_finite(per_question(records, name)) for name in names}
     return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 

@@ -80,7 +80,7 @@ class Experiment:
         start = time.monotonic()
         kept = json.loads(path.read_text()) if path.is_file() else {}
         if kept.get("key") == key:
-            records, self.seconds[name] = [Record.from_json(r) for r in kept["records"]], kept["seconds"]
+            records, self.seconds[name] = [Record(**r) for r in kept["records"]], kept["seconds"]
         else:
             records = self._evaluate(label, pipeline, use_selector, seconds)
             self.seconds[name] = time.monotonic() - start
@@ -132,11 +132,9 @@ class Experiment:
             decisions = pipeline.decisions([row["query"]], [shown])
             [draw] = decisions.sample(len(shown), every_first_choice=True)
             # All that is asked of the decisions comes before the generator's adapter is active.
-            [(selector_logps, _)] = decisions.permutation_logps([draw.permutations])
             probabilities = decisions.logps([[()]])[0][0].exp()
             logps = score_permutations(pipeline, row, shown, draw.permutations, self.answer_target)
-            log_ratio = (selector_logps - draw.proposal_logps).sum(dim=-1)
-        weights = importance_weights(log_importance_weights(logps, log_ratio))
+        weights = importance_weights(log_importance_weights(logps, draw.log_ratio))
         order = [candidates.index(passage) for passage in shown]
         place = [order.index(i) for i in range(len(order))]
         return {

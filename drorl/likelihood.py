@@ -23,7 +23,7 @@ from .backends import backend_of
 from .states import TreeStates
 
 
-class PromptStates:
+class PromptStates(TreeStates):
     """Prompts encoded once, so that the model can be asked again and again what follows them.
 
     Args:
@@ -33,31 +33,17 @@ class PromptStates:
     """
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], keep: bool = True):
-        self.states = TreeStates(model, backend_of(model), keep)
-        self._ends = [self.states.tree.add(prompt)[-1] for prompt in prompts]
-
-    @property
-    def kept(self) -> bool:
-        """Whether what was encoded for one question is there for the next."""
-        return self.states.cache is not None
-
-    def fork(self) -> "PromptStates":
-        """Returns the same states without gradient; what is asked of them does not reach these.
-
-        It pays after the first question: before it there is nothing encoded to share.
-        """
-        other = object.__new__(PromptStates)
-        other.states, other._ends = self.states.fork(), self._ends
-        return other
+        super().__init__(model, backend_of(model), keep)
+        self._ends = [self.tree.add(prompt)[-1] for prompt in prompts]
 
     def logits_after(self, branches: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
         """Returns the next-token logits after each `(prompt, tokens)`, `(len(branches), V)`; `tokens` may be empty."""
-        tree, nodes = self.states.tree, []
+        nodes = []
         for prompt, tokens in branches:
-            *_, node = self._ends[prompt], *tree.add(tokens, self._ends[prompt])
+            *_, node = self._ends[prompt], *self.tree.add(tokens, self._ends[prompt])
             # A node that was encoded before has no logits any more: its twin has.
-            nodes.append(tree.twin(node) if node < len(self.states.slots) else node)
-        return self.states.logits(nodes)
+            nodes.append(self.tree.twin(node) if node < len(self.slots) else node)
+        return self.logits(nodes)
 
 
 def sequence_logps(

@@ -21,30 +21,10 @@ from .data.rows import RowError
 from .models import load_model_and_tokenizer
 from .policy import Decisions, SelectorPolicy
 from .prompts import PromptBuilder, PromptTooLongError, SelectorPrompt
+from .settings import PipelineSettings
 
 SETTINGS_FILE = "drorl.json"
 Passage = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class PipelineSettings:
-    """What a trained pair of adapters needs besides its weights; the fields are those of [`DROConfig`]."""
-
-    num_candidates: int = 20
-    num_selected: int = 5
-    shuffle_candidates: bool = False
-    identifiers: str = "number"
-    selector_temperature: float = 1.0
-    retrieval_prior_weight: float = 0.0
-    max_passage_tokens: int | None = None
-    max_prompt_length: int | None = None
-    max_answer_length: int = 32
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @classmethod
-    def from_config(cls, config: Any) -> Self:
-        """Returns the settings that `config` (a [`DROConfig`]) shares with the pipeline."""
-        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -84,6 +64,7 @@ class RAGPipeline:
     ):
         self.model = model
         self.generator_model = generator_model
+        self.models = [model] if generator_model is None else [model, generator_model]
         self.tokenizer = tokenizer
         self.generator_tokenizer = generator_tokenizer or tokenizer
         self.settings = settings
@@ -96,12 +77,10 @@ class RAGPipeline:
     def _builder(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
         s = self.settings
         window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        room = None if window is None else window - s.max_answer_length
-        lengths = [length for length in (s.max_prompt_length, room) if length is not None]
-        limit = min(lengths, default=None)
-        return PromptBuilder(
-            tokenizer, s.identifiers, s.num_selected, s.max_passage_tokens, limit, s.chat_template_kwargs
-        )
+        lengths = [s.max_prompt_length, window and window - s.max_answer_length]
+        limit = min((length for length in lengths if length is not None), default=None)
+        template: Any = s.chat_template_kwargs  # a string only until the configuration has read it
+        return PromptBuilder(tokenizer, s.identifiers, s.num_selected, s.max_passage_tokens, limit, template)
 
     @classmethod
     def from_pretrained(cls, run_dir: str | Path, dtype: str = "auto", device: str | None = None) -> Self:
@@ -125,10 +104,11 @@ class RAGPipeline:
             generator_tokenizer = AutoTokenizer.from_pretrained(run_dir / GENERATOR, padding_side="left")
             generator_model = PeftModel.from_pretrained(base, run_dir / GENERATOR, adapter_name=GENERATOR)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        for module in filter(None, (model, generator_model)):
-            module.to(device).eval()
         settings = PipelineSettings(**saved["settings"])
-        return cls(model, tokenizer, settings, generator_model, generator_tokenizer)
+        pipeline = cls(model, tokenizer, settings, generator_model, generator_tokenizer)
+        for module in pipeline.models:
+            module.to(device).eval()
+        return pipeline
 
     def save_pretrained(self, run_dir: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Writes both adapters, the tokenizer and the settings; the base models are named, not copied."""
@@ -164,23 +144,18 @@ class RAGPipeline:
     def without_adapters(self) -> Generator[None]:
         """The base models as they are: zero-shot."""
         with ExitStack() as stack:
-            for model in filter(None, (self.model, self.generator_model)):
+            for model in self.models:
                 stack.enter_context(model.disable_adapter())
             yield
 
     @contextmanager
     def evaluating(self) -> Generator[None]:
         """No gradient and no dropout; both models go back to their modes afterwards."""
-        modules = [m for m in (self.model, self.generator_model) if m is not None]
-        modes = [m.training for m in modules]
-        for module in modules:
-            module.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.train(mode)
+        with torch.no_grad(), ExitStack() as stack:
+            for model in self.models:
+                stack.callback(model.train, model.training)
+                model.eval()
+            yield
 
     def check_length(self, index: int, query: str, candidates: Sequence[Passage]) -> None:
         """Checks that the prompts of row `index` fit into the window when passages are cut.
@@ -208,18 +183,11 @@ class RAGPipeline:
 
     def decisions(self, queries: Sequence[str], shown: Sequence[Sequence[Passage]], keep: bool = True) -> Decisions:
         """Returns the selector's decisions over each query's candidates as shown; see [`~policy.Decisions`]."""
-        prompts = [self.prompts.selector(*pair) for pair in zip(queries, shown, strict=True)]
-        return self.decide(prompts, [self.scores(passages) for passages in shown], keep)
+        return self.decide([self.prompts.selector(*pair) for pair in zip(queries, shown, strict=True)], keep)
 
-    def scores(self, shown: Sequence[Passage]) -> list[float] | None:
-        """Returns the retriever's scores, when the policy uses them."""
-        return [p["score"] for p in shown] if self.settings.retrieval_prior_weight else None
-
-    def decide(
-        self, prompts: Sequence[SelectorPrompt], scores: Sequence[Sequence[float] | None], keep: bool = True
-    ) -> Decisions:
+    def decide(self, prompts: Sequence[SelectorPrompt], keep: bool = True) -> Decisions:
         """Returns the selector's decisions after rendered prompts; see [`~policy.Decisions`]."""
-        return Decisions(self.policy, self.role(SELECTOR), prompts, scores, keep)
+        return Decisions(self.policy, self.role(SELECTOR), prompts, keep)
 
     def select(self, query: str, candidates: Sequence[Passage], k: int | None = None) -> list[RankedPassage]:
         """Returns the passages of the most likely permutation, best first, each with its log-probability.

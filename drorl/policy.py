@@ -34,6 +34,13 @@ class Draw:
     permutations: list[Permutation]
     proposal_logps: torch.Tensor
     """(m, K): log q of each decision, nats."""
+    old_selector_logps: torch.Tensor
+    """(m, K): log p_s of each decision, nats."""
+
+    @property
+    def log_ratio(self) -> torch.Tensor:
+        """(m,): log p_s(z) - log q(z)."""
+        return (self.old_selector_logps - self.proposal_logps).sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,11 @@ class SelectorPolicy:
     temperature: float = 1.0
     retrieval_prior_weight: float = 0.0
 
-    def logps(self, candidate_logps: torch.Tensor, scores: Sequence[float] | None) -> torch.Tensor:
+    def logps(self, candidate_logps: torch.Tensor, scores: Sequence[float | None]) -> torch.Tensor:
         """Returns log p_s `(D, N)` from log p_LM `(D, N)`; `-inf` for candidates already chosen."""
         logps = candidate_logps / self.temperature
         if self.retrieval_prior_weight:
-            if scores is None:
+            if not scores or None in scores:
                 raise ValueError("retrieval_prior_weight needs a `score` for each candidate")
             logps = logps + self.retrieval_prior_weight * logps.new_tensor(scores)
         return torch.log_softmax(logps, dim=-1)
@@ -85,27 +92,18 @@ class Decisions:
         policy ([`SelectorPolicy`]): settings of the policy.
         model (`nn.Module`): the selector, its adapter active.
         prompts (`list` of B [`~prompts.SelectorPrompt`]): prompts and slates.
-        scores (`list` of B `list[float]`, *optional*): the retriever's scores, when the policy uses them.
         keep (`bool`): keeps the prompts' states for more than one question; see [`~likelihood.PromptStates`].
     """
 
-    def __init__(
-        self,
-        policy: SelectorPolicy,
-        model: nn.Module,
-        prompts: Sequence[SelectorPrompt],
-        scores: Sequence[Sequence[float] | None] | None = None,
-        keep: bool = True,
-    ):
+    def __init__(self, policy: SelectorPolicy, model: nn.Module, prompts: Sequence[SelectorPrompt], keep: bool = True):
         self._policy = policy
         self.prompts = prompts
-        self.scores = scores or [None] * len(prompts)
         self._states = PromptStates(model, [prompt.ids for prompt in prompts], keep)
         self._drawing: PromptStates | None = None
         # Every permutation passes through the first decision, so it is made in the prompts' own pass.
         self._first: list[torch.Tensor] | None = None
         self._known: list[dict[Permutation, torch.Tensor]] = [{} for _ in prompts]
-        if self._states.kept:
+        if self._states.cache is not None:
             self._first = self._compute(self._states, [[()] for _ in prompts])
             self._first_has_gradient = torch.is_grad_enabled()
             self._known = [{(): rows[0].detach().cpu()} for rows in self._first]
@@ -119,8 +117,8 @@ class Decisions:
         sizes = [len(table.contexts) for table in tables]
         parts = logits[: sum(sizes)].split(sizes)
         return [
-            self._policy.logps(table.log_probs(part), scores) + 0.0 * logits[0, 0]
-            for table, part, scores in zip(tables, parts, self.scores, strict=True)
+            self._policy.logps(table.log_probs(part), prompt.scores) + 0.0 * logits[0, 0]
+            for table, part, prompt in zip(tables, parts, self.prompts, strict=True)
         ]
 
     @torch.no_grad()
@@ -185,17 +183,17 @@ class Decisions:
             for count, slate, generator in zip(counts, slates, generators or [None] * len(slates), strict=True)
         ]
         permutations: list[list[Permutation]] = [[()] * count for count in counts]
-        proposal_logps: list[list[torch.Tensor]] = [[] for _ in slates]
+        steps: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in slates]
         for step in range(slates[0].num_selected):
-            if every_first_choice and step == 0:
-                chosen = [(torch.arange(count), torch.full((count,), -math.log(count))) for count in counts]
-            else:
-                logps = [torch.log_softmax(rows / temperature, dim=-1) for rows in self.logps(permutations)]
-                chosen = [_invert(rows, u[:, step]) for rows, u in zip(logps, uniform, strict=True)]
-            for query, (choices, logq) in enumerate(chosen):
+            for query, rows in enumerate(self.logps(permutations)):
+                if every_first_choice and step == 0:
+                    choices, logq = torch.arange(len(rows)), torch.full((len(rows),), -math.log(len(rows)))
+                else:
+                    choices, logq = _invert(torch.log_softmax(rows / temperature, dim=-1), uniform[query][:, step])
                 permutations[query] = [(*z, int(i)) for z, i in zip(permutations[query], choices, strict=True)]
-                proposal_logps[query].append(logq)
-        return [Draw(drawn, torch.stack(q, dim=1)) for drawn, q in zip(permutations, proposal_logps, strict=True)]
+                steps[query].append((logq, rows[torch.arange(len(rows)), choices]))
+        logps = [[torch.stack(column, dim=1) for column in zip(*of_query, strict=True)] for of_query in steps]
+        return [Draw(drawn, *pair) for drawn, pair in zip(permutations, logps, strict=True)]
 
     def greedy(self) -> list[Permutation]:
         """Returns the permutation of the most likely decisions of each query."""

@@ -44,6 +44,8 @@ class SelectorPrompt:
     identifiers: list[str]
     """Identifier of each candidate, in the order of the prompt."""
     slate: Slate
+    scores: Sequence[float | None] = ()
+    """N: the retriever's scores, `None` where a candidate has none."""
 
 
 @dataclass
@@ -125,7 +127,7 @@ class PromptBuilder:
             num_selected=self.num_selected,
         )
         ids = self._prompt(query, SELECTOR_HEAD, headers, texts, SELECTOR_TAIL[self.identifiers], slate.max_length)
-        return SelectorPrompt(ids, identifiers, slate)
+        return SelectorPrompt(ids, identifiers, slate, [c.get("score") for c in candidates])
 
     def generator(self, query: str, passages: Sequence[Passage]) -> list[int]:
         """Returns the generator's prompt: the query, then the chosen passages in the order of the permutation."""

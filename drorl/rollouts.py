@@ -6,11 +6,10 @@ Shapes: N candidates, K chosen, m permutations of one query, T decisions (constr
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from statistics import fmean
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from trl.trainer.utils import pad
 
 from .adapters import GENERATOR, SELECTOR
 from .answers import answer_logps, scored_answers
@@ -33,11 +32,6 @@ class Question:
     seed: int
     """What its permutations are drawn with: the same ones whenever, and with whatever other questions, it is done."""
 
-    def num_items(self, config: DROConfig) -> int:
-        """Decisions of all its permutations, before they are drawn."""
-        samples = len(self.shown) if config.proposal == "first_choices" else config.num_generations
-        return samples * config.num_selected
-
 
 @dataclass(frozen=True)
 class Rollout:
@@ -45,20 +39,18 @@ class Rollout:
 
     question: Question
     prompt: SelectorPrompt
-    scores: Sequence[float] | None
-    """N: the retriever's scores, when the policy uses them."""
     permutations: list[Permutation | None]
     """m: `None` for a free text in which no identifier was recognised."""
-    completion_ids: list[list[int]] | None
-    """m: the sampled tokens, in free text only."""
-    proposal_logps: torch.Tensor | None
-    """(m, T): log q of each decision or token, nats; `None`: the selector's own."""
     contexts: list[list[int] | None]
     """m: the generator's prompt for each permutation."""
     supervised_context: list[int] | None
     """The generator's prompt over the retriever's first K passages, when `sft` needs it."""
     answers: list[list[int]]
     """The tokenized gold answers that are scored."""
+    completion_ids: list[list[int]] | None = None
+    """m: the sampled tokens, in free text only."""
+    proposal_logps: torch.Tensor | None = None
+    """(m, T): log q of each decision or token, nats; `None`: the selector's own."""
     old_selector_logps: torch.Tensor | None = None
     """(m, T): log p_s when the permutations were drawn, nats; `None`: as it is in the M-step."""
     valid_rate: float = 1.0
@@ -128,50 +120,24 @@ def batches(rollouts: Sequence[Rollout], limit: int | None) -> Iterator[list[Rol
     yield batch
 
 
-def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Returns what is logged of permutations."""
-    return {
-        "permutations/unique_ratio": fmean(r.unique_ratio for r in rollouts),
-        "permutations/valid_rate": fmean(r.valid_rate for r in rollouts),
-    }
-
-
 def draw_rollouts(
-    pipeline: RAGPipeline, config: DROConfig, questions: Sequence[Question], decisions: Decisions
-) -> list[Rollout]:
-    """Draws permutations of each question from the constrained policy.
-
-    Args:
-        pipeline ([`RAGPipeline`]): both models.
-        config ([`DROConfig`]): proposal and number of samples.
-        questions (`list` of B [`Question`]): what is asked.
-        decisions ([`~policy.Decisions`]): the selector's, over these questions.
-    """
+    pipeline: RAGPipeline, config: DROConfig, questions: Sequence[Question]
+) -> tuple[list[Rollout], Decisions]:
+    """Draws permutations of each question from the constrained policy; returns them and what they were drawn from."""
+    keep = config.proposal != "retriever"  # there nothing is asked before the loss asks
+    decisions = pipeline.decisions([q.row["query"] for q in questions], [q.shown for q in questions], keep)
+    drawn: list[dict[str, Any]]
     if config.proposal == "retriever":
-        orders = [tuple(map(q.shown.index, q.row["candidates"][: config.num_selected])) for q in questions]
         # The weight of a single sample is 1, however likely it is, so no probability is computed.
-        draws: list[tuple[list[Permutation], torch.Tensor | None]] = [([order], None) for order in orders]
+        orders = [tuple(map(q.shown.index, q.row["candidates"][: config.num_selected])) for q in questions]
+        drawn = [{"permutations": [order]} for order in orders]
     else:
         every_first_choice = config.proposal == "first_choices"
         generators = [torch.Generator().manual_seed(question.seed) for question in questions]
         sampled = decisions.sample(config.num_generations, config.proposal_temperature, every_first_choice, generators)
-        # Drawn from the policy itself, its own probabilities are q, without the rounding of another pass.
-        own = config.proposal == "policy" and config.proposal_temperature == 1.0
-        draws = [(draw.permutations, None if own else draw.proposal_logps) for draw in sampled]
-    return [
-        Rollout(
-            question=question,
-            prompt=prompt,
-            scores=scores,
-            permutations=list(permutations),
-            completion_ids=None,
-            proposal_logps=proposal_logps,
-            **_generator_inputs(pipeline, config, question, permutations),
-        )
-        for prompt, scores, question, (permutations, proposal_logps) in zip(
-            decisions.prompts, decisions.scores, questions, draws, strict=True
-        )
-    ]
+        drawn = [vars(draw) for draw in sampled]
+    triples = zip(questions, decisions.prompts, drawn, strict=True)
+    return [_rollout(pipeline, config, question, prompt, **draw) for question, prompt, draw in triples], decisions
 
 
 def read_rollout(
@@ -181,46 +147,20 @@ def read_rollout(
     prompt = pipeline.prompts.selector(question.row["query"], question.shown)
     texts = pipeline.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     parsed = [parse_permutation(text, prompt.identifiers, config.num_selected) for text in texts]
-    permutations = [p.permutation for p in parsed]
-    return Rollout(
-        question=question,
-        prompt=prompt,
-        scores=None,
-        permutations=permutations,
-        completion_ids=completion_ids,
-        proposal_logps=None,
-        valid_rate=sum(p.valid for p in parsed) / len(parsed),
-        **_generator_inputs(pipeline, config, question, permutations),
-    )
+    drawn = {"completion_ids": completion_ids, "valid_rate": sum(p.valid for p in parsed) / len(parsed)}
+    return _rollout(pipeline, config, question, prompt, [p.permutation for p in parsed], **drawn)
 
 
-def decisions_over(pipeline: RAGPipeline, config: DROConfig, questions: Sequence[Question]) -> Decisions:
-    """Returns the selector's decisions over questions."""
-    keep = config.proposal != "retriever"  # there nothing is asked before the loss asks
-    return pipeline.decisions([q.row["query"] for q in questions], [q.shown for q in questions], keep)
+def remember(pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Returns free texts with how likely they are under the selector as it is."""
+    logps = score_selector(pipeline, config, rollouts).token_logps
+    return [replace(r, old_selector_logps=old, proposal_logps=old) for r, old in zip(rollouts, logps, strict=True)]
 
 
-def draw_and_remember(pipeline: RAGPipeline, config: DROConfig, questions: Sequence[Question]) -> list[Rollout]:
-    """Draws permutations of each question, and keeps how likely they were."""
-    decisions = decisions_over(pipeline, config, questions)
-    rollouts = draw_rollouts(pipeline, config, questions, decisions)
-    return rollouts if config.proposal == "retriever" else remember(pipeline, config, rollouts, decisions)
-
-
-def remember(
+def score_selector(
     pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout], decisions: Decisions | None = None
-) -> list[Rollout]:
-    """Returns the rollouts with how likely they are under the selector as it is."""
-    logps, _ = selector_logps(pipeline, config, rollouts, decisions)
-    return [replace(rollout, old_selector_logps=old) for rollout, old in zip(rollouts, logps, strict=True)]
-
-
-def selector_logps(
-    pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout], decisions: Decisions | None = None
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Returns log p_s of each decision or token, `(m, T)`, of each rollout, and of constrained ones their entropies.
-
-    With gradient where that is enabled; `-inf` where a text has ended.
+) -> SelectorScores:
+    """Returns log p_s of each decision or token, with gradient where that is enabled; `-inf` where a text has ended.
 
     Args:
         pipeline ([`RAGPipeline`]): both models.
@@ -231,12 +171,11 @@ def selector_logps(
     if rollouts[0].completion_ids is not None:
         pairs = [(r.prompt.ids, tokens) for r in rollouts for tokens in r.completion_ids or []]
         tokens = iter(sequence_logps(pipeline.role(SELECTOR), pairs, config.selector_temperature))
-        texts = [[next(tokens) for _ in r.permutations] for r in rollouts]
-        return [pad_sequence(text, batch_first=True, padding_value=-torch.inf) for text in texts], []
-    if decisions is None:
-        decisions = pipeline.decide([r.prompt for r in rollouts], [r.scores for r in rollouts], keep=False)
-    scored = decisions.permutation_logps([r.drawn for r in rollouts])
-    return [logps for logps, _ in scored], [entropies for _, entropies in scored]
+        texts = [stack([next(tokens) for _ in r.permutations]) for r in rollouts]
+        return SelectorScores(stack(texts), {})
+    decisions = decisions or pipeline.decide([r.prompt for r in rollouts], keep=False)
+    logps, entropies = zip(*decisions.permutation_logps([r.drawn for r in rollouts]), strict=True)
+    return SelectorScores(stack(logps), {"selector/entropy": torch.stack([e.mean() for e in entropies]).mean()})
 
 
 def answer_logps_of(
@@ -254,38 +193,36 @@ def answer_logps_of(
         pairs = zip(contexts, parts, strict=True)
         contexts = [[None] * len(of_query) if part.isnan().any() else of_query for of_query, part in pairs]
         return answer_logps_of(pipeline, rollouts, contexts)
-    return stack(parts, model.device)
+    return stack(parts).to(model.device)
 
 
-def _generator_inputs(
-    pipeline: RAGPipeline, config: DROConfig, question: Question, permutations: Sequence[Permutation | None]
-) -> dict[str, Any]:
-    """Returns what the generator reads under each permutation, and what it is to answer."""
+def _rollout(
+    pipeline: RAGPipeline,
+    config: DROConfig,
+    question: Question,
+    prompt: SelectorPrompt,
+    permutations: list[Permutation | None],
+    **drawn: Any,
+) -> Rollout:
+    """Returns a rollout with what the generator reads under each permutation, and what it is to answer."""
     prompts, row, shown = pipeline.generator_prompts, question.row, question.shown
-    query = row["query"]
-    supervised = None
+    query, supervised = row["query"], None
     if config.generator_objective == "sft":
         supervised = prompts.generator(query, row["candidates"][: config.num_selected])
-    return {
-        "contexts": [None if z is None else prompts.generator(query, [shown[i] for i in z]) for z in permutations],
-        "supervised_context": supervised,
-        "answers": [prompts.answer(a) for a in scored_answers(row, config.answer_target, config.num_candidates)],
-    }
+    contexts = [None if z is None else prompts.generator(query, [shown[i] for i in z]) for z in permutations]
+    answers = [prompts.answer(a) for a in scored_answers(row, config.answer_target, config.num_candidates)]
+    return Rollout(question, prompt, permutations, contexts, supervised, answers, **drawn)
 
 
-def stack(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+def stack(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """Stacks one tensor per query, `(m', T')` or `(m',)`, into `(B, m, T)` or `(B, m)`, padded with `-inf`."""
-    shape = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
-    stacked = rows[0].new_full((len(rows), *shape), -torch.inf, device=device)
-    for i, row in enumerate(rows):
-        stacked[(i, *map(slice, row.shape))] = row
-    return stacked
+    return pad(list(rows), padding_value=-torch.inf)
 
 
 def stacked_sums(rows: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
     """Returns the sums over T of one `(m', T')` per query, `(B, m)`; `None` if they are not all there."""
     known = [row for row in rows if row is not None]
-    return sum_over_tokens(stack(known, device)) if len(known) == len(rows) else None
+    return sum_over_tokens(stack(known).to(device)) if len(known) == len(rows) else None
 
 
 def sum_over_tokens(token_logps: torch.Tensor) -> torch.Tensor:

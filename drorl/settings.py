@@ -1,58 +1,55 @@
 """The settings that DRO adds to TRL's, and the help that lists them; imports nothing, so that help is instant."""
 
 import argparse
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-ANSWER_TARGETS = ("first", "surface", "marginal")
-BASELINES = ("none", "mean", "leave_one_out")
 IDENTIFIERS = ("number", "letter", "title")
-PROPOSALS = ("policy", "first_choices", "retriever")
 SELECTOR_OBJECTIVES = ("dro", "grpo", "rloo", "none")
-GENERATOR_OBJECTIVES = ("dro", "sft", "none")
+
+
+def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, **({"choices": choices} if choices else {})})
 
 
 @dataclass
-class DROSettings:
+class PipelineSettings:
+    """What a trained pair of adapters needs besides its weights; documented in [`DROConfig`]."""
+
+    num_candidates: int = _setting(20, "N: passages that the selector reads.")
+    num_selected: int = _setting(5, "K: passages that the generator reads.")
+    shuffle_candidates: bool = _setting(False, "Show the candidates in a random order.")
+    identifiers: str = _setting("number", "How a permutation names passages.", IDENTIFIERS)
+    selector_temperature: float = _setting(1.0, "Temperature of the selector's policy.")
+    retrieval_prior_weight: float = _setting(0.0, "Weight of the retriever's score.")
+    max_passage_tokens: int | None = _setting(None, "Cut each passage to so many tokens.")
+    max_prompt_length: int | None = _setting(None, "Window of the selector's prompt, tokens.")
+    max_answer_length: int = _setting(32, "Longest generated answer, tokens.")
+    chat_template_kwargs: dict | str | None = _setting(None, "Keyword arguments of the chat template.")
+
+    @classmethod
+    def from_config(cls, config: "PipelineSettings") -> "PipelineSettings":
+        """Returns the settings that `config` (a [`DROConfig`]) shares with the pipeline."""
+        return PipelineSettings(**{f.name: getattr(config, f.name) for f in fields(PipelineSettings)})
+
+
+@dataclass
+class DROSettings(PipelineSettings):
     """The fields of [`DROConfig`] that are drorl's own or have the paper's default; documented there."""
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the selector; paper: 1e-5."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay; paper: 0.01."})
-    num_candidates: int = field(default=20, metadata={"help": "N: passages that the selector reads."})
-    num_selected: int = field(default=5, metadata={"help": "K: passages that the generator reads."})
-    shuffle_candidates: bool = field(default=False, metadata={"help": "Show the candidates in a random order."})
-    max_passage_tokens: int | None = field(default=None, metadata={"help": "Cut each passage to so many tokens."})
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Window of the selector's prompt, tokens."})
-    max_answer_length: int = field(default=32, metadata={"help": "Longest generated answer, tokens."})
-    answer_target: str = field(
-        default="surface", metadata={"help": "Gold answer that is scored.", "choices": ANSWER_TARGETS}
-    )
-    identifiers: str = field(
-        default="number", metadata={"help": "How a permutation names passages.", "choices": IDENTIFIERS}
-    )
-    constrained: bool = field(default=True, metadata={"help": "Normalise the policy over valid permutations."})
-    selector_temperature: float = field(default=1.0, metadata={"help": "Temperature of the selector's policy."})
-    retrieval_prior_weight: float = field(default=0.0, metadata={"help": "Weight of the retriever's score."})
-    proposal: str = field(default="policy", metadata={"help": "Where permutations come from.", "choices": PROPOSALS})
-    proposal_temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling proposal."})
-    weight_temperature: float = field(default=1.0, metadata={"help": "Tempers the likelihood in the weights."})
-    selector_objective: str = field(
-        default="dro", metadata={"help": "Objective of the selector.", "choices": SELECTOR_OBJECTIVES}
-    )
-    generator_objective: str = field(
-        default="dro", metadata={"help": "Objective of the generator.", "choices": GENERATOR_OBJECTIVES}
-    )
-    baseline: str = field(default="none", metadata={"help": "Control variate of the weights.", "choices": BASELINES})
-    min_importance_weight: float = field(
-        default=0.0, metadata={"help": "Permutations of a smaller weight do not train the generator."}
-    )
-    max_tokens_per_forward: int | None = field(
-        default=None, metadata={"help": "Bound on the distinct tokens of a forward pass; default: none."}
-    )
-    generator_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the generator; default: learning_rate."}
-    )
+    learning_rate: float = _setting(1e-5, "Learning rate of the selector; paper: 1e-5.")
+    weight_decay: float = _setting(0.01, "Weight decay; paper: 0.01.")
+    answer_target: str = _setting("surface", "Gold answer that is scored.", ("first", "surface", "marginal"))
+    constrained: bool = _setting(True, "Normalise the policy over valid permutations.")
+    proposal: str = _setting("policy", "Where permutations come from.", ("policy", "first_choices", "retriever"))
+    proposal_temperature: float = _setting(1.0, "Temperature of the sampling proposal.")
+    weight_temperature: float = _setting(1.0, "Tempers the likelihood in the weights.")
+    selector_objective: str = _setting("dro", "Objective of the selector.", SELECTOR_OBJECTIVES)
+    generator_objective: str = _setting("dro", "Objective of the generator.", ("dro", "sft", "none"))
+    baseline: str = _setting("none", "Control variate of the weights.", ("none", "mean", "leave_one_out"))
+    min_importance_weight: float = _setting(0.0, "Permutations of a smaller weight do not train the generator.")
+    max_tokens_per_forward: int | None = _setting(None, "Bound on the distinct tokens of a forward pass.")
+    generator_learning_rate: float | None = _setting(None, "Learning rate of the generator; default: learning_rate.")
 
 
 def help_text(description: str, *settings: Any) -> str:
@@ -66,7 +63,7 @@ def help_text(description: str, *settings: Any) -> str:
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these; the command line wins.")
     for group in settings:
         arguments = parser.add_argument_group(group.__name__)
-        for f in dataclasses.fields(group):
+        for f in fields(group):
             choices = f.metadata.get("choices")
             known = f" One of {', '.join(choices)}." if choices else ""
             text = f"{f.metadata['help']}{known} (default: {f.default})".replace("%", "%%")

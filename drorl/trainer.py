@@ -17,7 +17,7 @@ Shapes: B queries, m permutations of each, K chosen, T decisions (constrained: K
 import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -36,20 +36,16 @@ from .errors import InvalidInputError
 from .evaluation import Record
 from .losses import LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
 from .pipeline import PipelineSettings, RAGPipeline
-from .policy import Decisions
 from .rollouts import (
     Question,
     Rollout,
     SelectorScores,
     answer_logps_of,
     batches,
-    decisions_over,
-    describe,
-    draw_and_remember,
     draw_rollouts,
     read_rollout,
     remember,
-    selector_logps,
+    score_selector,
     stack,
     stacked_sums,
     sum_over_tokens,
@@ -146,7 +142,7 @@ class DROTrainer(TwoRoleTrainer):
             generator_processing_class or generator_tokenizer,
         )
         self.last_records: list[Record] = []
-        for module in filter(None, (self.model, generator_model)):
+        for module in self.pipeline.models:
             refuse_dropout(module)
             backend_of(module)  # how prefixes are shared is found out, and logged, before the first step
         needed = args.generation_batch_size // args.num_generations
@@ -176,8 +172,7 @@ class DROTrainer(TwoRoleTrainer):
         Then no prompt is encoded twice. Where memory is short (`max_tokens_per_forward`, gradient checkpointing) each
         graph is gone before the next one is built, and what comes first is computed without one.
         """
-        models = filter(None, (self.pipeline.model, self.pipeline.generator_model))
-        return self.args.max_tokens_per_forward is None and not any(map(checkpoints_gradients, models))
+        return self.args.max_tokens_per_forward is None and not any(map(checkpoints_gradients, self.pipeline.models))
 
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -191,10 +186,11 @@ class DROTrainer(TwoRoleTrainer):
         # TRL samples free text, and nothing else may take from its randomness.
         seeds = torch.randint(2**62, (len(rows),)).tolist() if self.args.constrained else [0] * len(rows)
         questions = [Question(*question) for question in zip(rows, shown, seeds, strict=True)]
-        rollouts = None
+        rollouts, num_items = None, len(rows) * self.num_generations * self.args.num_selected
         if not self.args.constrained:
             texts = self._generate_texts(questions)
             rollouts = [read_rollout(self.pipeline, self.args, *q) for q in zip(questions, texts, strict=True)]
+            num_items = sum(r.num_items for r in rollouts)
             if not self._on_policy:
                 groups = batches(rollouts, self.args.max_tokens_per_forward)
                 rollouts = [r for group in groups for r in remember(self.pipeline, self.args, group)]
@@ -202,15 +198,13 @@ class DROTrainer(TwoRoleTrainer):
             apart = self.args.max_tokens_per_forward is not None
             together = [[question] for question in questions] if apart else [questions]
             with self.pipeline.evaluating():  # in training, gradient checkpointing would throw the states away
-                drawn = [draw_and_remember(self.pipeline, self.args, group) for group in together]
-            rollouts = list(chain.from_iterable(drawn))
-        counts = [r.num_items for r in rollouts] if rollouts else (q.num_items(self.args) for q in questions)
-        num_items = torch.tensor(float(sum(counts)), device=self.accelerator.device)
+                rollouts = [r for group in together for r in draw_rollouts(self.pipeline, self.args, group)[0]]
+        count = torch.tensor(float(num_items), device=self.accelerator.device)
         return {
             "row": torch.arange(len(rows)),  # TRL splits the batch along the first tensor
             "questions": questions,
             "rollouts": rollouts,
-            "num_items_in_batch": self.accelerator.gather(num_items).sum(),
+            "num_items_in_batch": self.accelerator.gather(count).sum(),
         }
 
     def _generate_texts(self, questions: list[Question]) -> list[list[list[int]]]:
@@ -226,13 +220,17 @@ class DROTrainer(TwoRoleTrainer):
         """The M-step: weighs the permutations, trains both roles, and returns the last loss for its backward pass."""
         rollouts, scored = inputs["rollouts"], None
         if rollouts is None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.selector_objective != "none"):
-                decisions = decisions_over(self.pipeline, self.args, inputs["questions"])
-                rollouts = draw_rollouts(self.pipeline, self.args, inputs["questions"], decisions)
-                if self.args.selector_objective != "none" or self.args.proposal != "retriever":
-                    scored = self._score_selector(rollouts, decisions)
+            train_selector = self.args.selector_objective != "none"
+            with torch.set_grad_enabled(torch.is_grad_enabled() and train_selector):
+                rollouts, decisions = draw_rollouts(self.pipeline, self.args, inputs["questions"])
+                if train_selector:
+                    scored = score_selector(self.pipeline, self.args, rollouts, decisions)
                 del decisions  # and the keys and values that drawing has made
-        described = describe(rollouts) | {"passages/truncated_ratio": self.pipeline.prompts.truncated_ratio}
+        described = {
+            "permutations/unique_ratio": fmean(r.unique_ratio for r in rollouts),
+            "permutations/valid_rate": fmean(r.valid_rate for r in rollouts),
+            "passages/truncated_ratio": self.pipeline.prompts.truncated_ratio,
+        }
         items = torch.tensor(float(sum(r.num_items for r in rollouts)))
         if self.loss_type == "dapo":  # TRL counts the generation batch of all processes, of which this is a part
             items = inputs["num_items_in_batch"] / self.accelerator.num_processes / self.args.steps_per_generation
@@ -242,7 +240,7 @@ class DROTrainer(TwoRoleTrainer):
             if loss.requires_grad:
                 self.accelerator.backward(loss)
             share = len(batch) / len(rollouts)
-            output = self._batch_loss(batch, scored, share, items.clamp(min=1))
+            output = self._batch_loss(batch, scored, share, share * items.clamp(min=1))
             loss = output.loss + loss.detach()
             for name, value in output.metrics.items():
                 metrics[name] += share * value
@@ -262,12 +260,12 @@ class DROTrainer(TwoRoleTrainer):
             rollouts (`list` of [`Rollout`]): the batch.
             scored ([`SelectorScores`], *optional*): the selector's, where they are known already.
             share (`float`): of the micro-batch's queries that are in this batch.
-            num_items (`torch.Tensor`): decisions or tokens of the micro-batch.
+            num_items (`torch.Tensor`): this batch's share of the decisions or tokens of the micro-batch.
         """
         args = self.args
         train_selector, train_generator = args.selector_objective != "none", args.generator_objective != "none"
         if scored is None and train_selector and self._one_pass:
-            scored = self._score_selector(rollouts)
+            scored = score_selector(self.pipeline, self.args, rollouts)
         selector_logps = self._selector_logps_now(rollouts, scored)
         generator_logps = self._generator_logps(rollouts)
         weighting = self._weigh(rollouts, selector_logps, generator_logps.detach())
@@ -281,10 +279,10 @@ class DROTrainer(TwoRoleTrainer):
                 self.accelerator.backward(loss)
                 loss = loss.detach()
         if train_selector:
-            scored = scored or self._score_selector(rollouts)
-            output = self._selector_loss(rollouts, scored, weighting, share, num_items)
-            metrics |= {"selector/loss": output.loss / share, **output.metrics}
-            loss = loss + scale * output.loss
+            scored = scored or score_selector(self.pipeline, self.args, rollouts)
+            output = self._selector_loss(rollouts, scored.token_logps, weighting, num_items)
+            metrics |= {"selector/loss": output.loss, **output.metrics, **scored.metrics}
+            loss = loss + scale * share * output.loss
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
     def _generator_logps(self, rollouts: list[Rollout]) -> torch.Tensor:
@@ -322,38 +320,18 @@ class DROTrainer(TwoRoleTrainer):
         if self._on_policy or self.args.selector_objective == "none":
             return stacked_sums([r.old_selector_logps for r in rollouts], self.args.device)
         with torch.no_grad():
-            return sum_over_tokens(self._score_selector(rollouts).token_logps)
-
-    def _score_selector(self, rollouts: list[Rollout], decisions: Decisions | None = None) -> SelectorScores:
-        logps, entropies = selector_logps(self.pipeline, self.args, rollouts, decisions)
-        metrics = {}
-        if entropies:
-            metrics["selector/entropy"] = torch.stack([of_query.mean() for of_query in entropies]).mean()
-        return SelectorScores(stack(logps, self.args.device), metrics)
+            return sum_over_tokens(score_selector(self.pipeline, self.args, rollouts).token_logps)
 
     def _selector_loss(
-        self,
-        rollouts: list[Rollout],
-        scored: SelectorScores,
-        weighting: Weighting,
-        share: float,
-        num_items: torch.Tensor,
+        self, rollouts: list[Rollout], token_logps: torch.Tensor, weighting: Weighting, num_items: torch.Tensor
     ) -> LossOutput:
-        """Returns this batch's part of the micro-batch's loss."""
         if self.args.selector_objective == "dro":
-            output = weighted_mle_loss(sum_over_tokens(scored.token_logps), weighting.advantages)
-        else:
-            output = self._surrogate(scored.token_logps, rollouts, weighting, num_items)
-        per_query = self.args.selector_objective == "dro" or self.loss_type in ("grpo", "dr_grpo")
-        return LossOutput(output.loss * (share if per_query else 1.0), scored.metrics | output.metrics)
-
-    def _surrogate(
-        self, token_logps: torch.Tensor, rollouts: list[Rollout], weighting: Weighting, num_items: torch.Tensor
-    ) -> LossOutput:
+            return weighted_mle_loss(sum_over_tokens(token_logps), weighting.advantages)
         mask = token_logps.isfinite()
         old = token_logps.detach()  # on-policy the ratio is exactly 1, as in TRL
         if not self._on_policy:
-            old = stack([r.old_selector_logps for r in rollouts if r.old_selector_logps is not None], self.args.device)
+            known = [r.old_selector_logps for r in rollouts if r.old_selector_logps is not None]
+            old = stack(known).to(self.args.device)[..., : mask.shape[-1]]  # remembered in larger groups
         return clipped_surrogate_loss(
             token_logps.masked_fill(~mask, 0.0),
             old.masked_fill(~mask, 0.0),
@@ -371,10 +349,10 @@ class DROTrainer(TwoRoleTrainer):
     ) -> Weighting:
         args = self.args
         selector_logps = torch.zeros_like(generator_logps) if selector_logps is None else selector_logps
-        proposal_logps = stacked_sums([r.proposal_logps for r in rollouts], args.device)
-        if proposal_logps is None:  # the selector drew them, as it is or as it was
-            old = stacked_sums([r.old_selector_logps for r in rollouts], args.device)
-            proposal_logps = selector_logps if old is None else old
+        # Drawn from the policy itself, its own probabilities are q, without the rounding of another pass.
+        own = self._on_policy and args.proposal == "policy" and args.proposal_temperature == 1.0
+        proposal_logps = None if own else stacked_sums([r.proposal_logps for r in rollouts], args.device)
+        proposal_logps = selector_logps if proposal_logps is None else proposal_logps
         scores = Scores(generator_logps, selector_logps, proposal_logps)
         objective = "dro" if args.selector_objective == "none" else args.selector_objective
         weighting = weigh(scores, objective, args.weight_temperature, args.baseline, args.scale_rewards)

@@ -139,6 +139,11 @@ class Block:
             return None
         return Block(sorted([*self.nodes, *other.nodes]), sorted({*self.path, *other.path}))
 
+    @property
+    def seen(self) -> list[int]:
+        """What the block's nodes see, and they themselves."""
+        return [*self.path, *self.nodes]
+
     def is_causal(self, tree: TokenTree) -> bool:
         """Whether it is an unbranched run from the root, so that plain causal attention is its attention."""
         steps = zip(self.nodes, self.nodes[1:], strict=False)

@@ -7,7 +7,7 @@ adapters are not zero, so that the two roles differ.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, permutations
 
 import pytest
@@ -27,13 +27,11 @@ from drorl.weights import baseline_weights
 QUERY = "Which city is on the Tiber?"
 ANSWERS = ("Rome", "Roma")
 TITLES = ("Paris", "Paris Hilton", "Rome", "Rome", "Po")  # one begins another, two are equal
-CANDIDATES = [
-    {"title": title, "text": text, "score": score}
-    for title, text, score in zip(
-        TITLES, ("On the Seine.", "Not on.", "On it.", "A city.", "No."), range(5), strict=True
-    )
-]
+TEXTS = ("On the Seine.", "Not on.", "On it.", "A city.", "No.")
 SCORES = [2.0, -1.0, 0.5, 1.0, -0.5]
+CANDIDATES = [
+    {"title": title, "text": text, "score": score} for title, text, score in zip(TITLES, TEXTS, SCORES, strict=True)
+]
 N, K = 5, 3
 ALL = list(permutations(range(N), K))
 POLICIES = [SelectorPolicy(), SelectorPolicy(temperature=2.5, retrieval_prior_weight=0.3)]
@@ -217,7 +215,7 @@ def test_the_entropies_along_the_permutations_average_to_the_entropy_of_the_poli
 def test_a_retrieval_prior_without_scores_is_refused(model: PeftModel, exact: Enumeration) -> None:
     """A prior needs the retriever's scores; it is not silently left out."""
     with pytest.raises(ValueError, match="retrieval_prior_weight needs a `score`"):
-        Decisions(POLICY, model, [exact.prompt]).permutation_logps([ALL])
+        Decisions(POLICY, model, [replace(exact.prompt, scores=[None] * N)]).permutation_logps([ALL])
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
@@ -326,7 +324,7 @@ def expected_distance(target: torch.Tensor, proposal: torch.Tensor, m: int) -> f
 
 def decide(model: PeftModel, prompt: SelectorPrompt, policy: SelectorPolicy = POLICY) -> Decisions:
     """The package's decisions for one query."""
-    return Decisions(policy, model, [prompt], [SCORES])
+    return Decisions(policy, model, [prompt])
 
 
 def posterior_estimate(exact: Enumeration, decisions: Decisions, draws: Sequence[Draw]) -> torch.Tensor:
@@ -508,7 +506,8 @@ def test_a_draw_knows_the_probability_of_its_decisions(model: PeftModel, exact: 
     activate(model, SELECTOR)
     decisions = decide(model, exact.prompt)
     [draw] = decisions.sample(50)
-    assert draw.proposal_logps.shape == (50, K)
+    assert draw.proposal_logps.shape == draw.old_selector_logps.shape == (50, K)
+    assert draw.log_ratio.abs().max() < 1e-12
     with torch.no_grad():
         [(logps, _)] = decisions.permutation_logps([draw.permutations])
     torch.testing.assert_close(draw.proposal_logps, logps, rtol=0, atol=1e-12)

@@ -419,16 +419,15 @@ def test_a_fork_has_no_gradient_and_leaves_no_trace(tiny_model: Callable[..., Ll
         states = PromptStates(model, prompts)
         states.logits_after([(0, ())])
         fork = states.fork()
-        if states.kept:
-            assert len(fork.states.slots) == len(prompts[0])
-            assert not any(
-                layer.keys.requires_grad or layer.values.requires_grad for layer in fork.states.cache.layers
-            )
+        if states.cache is not None:
+            assert len(fork.slots) == len(prompts[0])
+            assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in fork.cache.layers)
         with torch.no_grad():
             torch.testing.assert_close(
                 fork.logits_after(question[:1]), naive_after(model, prompts, question[:1]), rtol=0, atol=1e-10
             )
             fork.logits_after([(0, (9, 2, 6))])
+        assert len(states.tree) == len(prompts[0])
         logits = states.logits_after(question)
         assert logits.requires_grad
         torch.testing.assert_close(logits, naive_after(model, prompts, question), rtol=0, atol=1e-10)

@@ -71,7 +71,7 @@ def record_rollouts(trainer: DROTrainer) -> list[tuple[dict[str, Any], Rollout]]
 
 def policy_logps(trainer: DROTrainer, rollout: Rollout) -> torch.Tensor:
     """log p_s of the rollout's permutations under the trainer's model as it is now, `(m, K)`."""
-    decisions = trainer.pipeline.decide([rollout.prompt], [rollout.scores], keep=False)
+    decisions = trainer.pipeline.decide([rollout.prompt], keep=False)
     return decisions.permutation_logps([rollout.drawn])[0][0]
 
 
@@ -360,7 +360,7 @@ def test_a_flatter_proposal_is_corrected(make_trainer: Make, scores: list) -> No
         policy = first_logps[tuple(rollout.prompt.ids)]
         flatter = torch.log_softmax(policy / 2, dim=-1)
         chosen = torch.tensor([z[0] for z in rollout.permutations])
-        assert rollout.old_selector_logps is None  # on policy, they are the M-step's own
+        torch.testing.assert_close(rollout.old_selector_logps[:, 0], policy[chosen], atol=1e-5, rtol=0)
         torch.testing.assert_close(rollout.proposal_logps[:, 0], flatter[chosen], atol=1e-5, rtol=0)
 
 

@@ -81,10 +81,9 @@ def test_along_blocks_each_token_sees_its_ancestors(
     assert len(node_at) == len(tree)
     queries_of = layout.split_queries(torch.tensor(layout.order)[None, None, :, None])
     keys_of = layout.split_keys(torch.arange(len(tree))[None, None, :, None])
-    for block, queries, slots_seen in zip(layout.blocks, queries_of, keys_of, strict=True):
+    for mask, queries, slots_seen in zip(layout.masks(window), queries_of, keys_of, strict=True):
         queries = queries.flatten().tolist()
         keys = [node_at[slot] for slot in slots_seen.flatten().tolist()]
-        mask = block.mask(window)
         seen = torch.ones(len(queries), len(keys)).tril().bool() if mask is None else mask == 0
         for query, row in zip(queries, seen, strict=True):
             near = [
