@@ -6,9 +6,9 @@ Four-bit weights cost some quality: figures of this checkpoint are not figures o
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,21 +109,7 @@ def resolve_model(name_or_path: str) -> str:
     return name_or_path
 
 
-@dataclass(frozen=True)
-class DtypeChoice:
-    """A data type for weights and activations, and why it was chosen.
-
-    Args:
-        dtype (`torch.dtype`): the choice.
-        gflops (`dict[str, float]`): measured speed of matrix products on one core, GFLOP/s, by data type; empty if
-            not measured.
-    """
-
-    dtype: torch.dtype
-    gflops: dict[str, float] = field(default_factory=dict)
-
-
-def choose_dtype(dtype: str | torch.dtype, device: torch.device | str | None = None) -> DtypeChoice:
+def choose_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The data type a setting stands for; `"auto"` takes bf16 where it is supported and pays.
 
     CPUs differ by three orders of magnitude here: with AMX, bf16 is several times faster than fp32, without it up to
@@ -132,24 +118,21 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device | str | None = N
 
     Args:
         dtype (`str`): `"auto"`, or a name such as `"float32"` or `"bfloat16"`.
-        device (`torch.device` or `str`, *optional*): where the model will run; by default on CUDA if there is any.
 
     Raises:
         ValueError: `dtype` names no floating-point type of torch.
     """
     if isinstance(dtype, torch.dtype):
-        return DtypeChoice(dtype)
+        return dtype
     if dtype != "auto":
         chosen = getattr(torch, dtype.removeprefix("torch."), None)
         if not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
             raise ValueError(
                 f'dtype={dtype!r} is no floating-point type: use "auto", "float32", "bfloat16" or "float16".'
             )
-        return DtypeChoice(chosen)
-    device_type = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    if device_type != "cpu":
-        takes_bf16 = device_type == "cuda" and torch.cuda.is_bf16_supported()
-        return DtypeChoice(torch.bfloat16 if takes_bf16 else torch.float32)
+        return chosen
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several wait for each other as soon as another process holds one core
     try:
@@ -159,7 +142,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device | str | None = N
         torch.set_num_threads(threads)
     chosen = torch.bfloat16 if bf16 >= _MIN_SPEEDUP * fp32 else torch.float32
     logger.info("dtype=auto: %s (one core: float32 %.0f, bfloat16 %.0f GFLOP/s)", chosen, fp32, bf16)
-    return DtypeChoice(chosen, {"float32": fp32, "bfloat16": bf16})
+    return chosen
 
 
 def measure_gflops(dtype: torch.dtype, at_least: float = 0.0, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -176,40 +159,30 @@ def measure_gflops(dtype: torch.dtype, at_least: float = 0.0, clock: Callable[[]
     tokens, inner, outer = _PRODUCT_SHAPE
     inputs, weight = torch.ones(tokens, inner, dtype=dtype), torch.ones(inner, outer, dtype=dtype)
 
-    def gflops_of_product(rows: int) -> tuple[float, float]:
-        start = clock()
-        torch.mm(inputs[:rows], weight)
-        seconds = clock() - start
-        return 2e-9 * rows * inner * outer / seconds, seconds
+    def fastest(rows: int, min_products: int = 0, enough: float = math.inf) -> float:
+        best = spent = 0.0
+        products = 0
+        while best < enough and (spent < _BUDGET_SECONDS or products < min_products):
+            start = clock()
+            torch.mm(inputs[:rows], weight)
+            seconds = clock() - start
+            best, spent, products = max(best, 2e-9 * rows * inner * outer / seconds), spent + seconds, products + 1
+        return best
 
-    gflops_of_product(_PROBE_TOKENS)  # warm-up: kernels are compiled here
-    best = spent = 0.0
-    while best < at_least / _HOPELESS:  # a small product takes 30 µs: one alone may be a hiccup of the machine
-        if spent >= _BUDGET_SECONDS:
-            return best
-        gflops, seconds = gflops_of_product(_PROBE_TOKENS)
-        best, spent = max(best, gflops), spent + seconds
-    spent, products = 0.0, 0
-    while spent < _BUDGET_SECONDS or products < _MIN_PRODUCTS:
-        gflops, seconds = gflops_of_product(tokens)
-        best, spent, products = max(best, gflops), spent + seconds, products + 1
-    return best
+    torch.mm(inputs[:_PROBE_TOKENS], weight)  # warm-up: kernels are compiled here
+    # A small product takes 30 µs: one alone may be a hiccup of the machine.
+    small = fastest(_PROBE_TOKENS, enough=at_least / _HOPELESS)
+    return small if small < at_least / _HOPELESS else fastest(tokens, _MIN_PRODUCTS)
 
 
 def load_model_and_tokenizer(
-    name_or_path: str,
-    dtype: str | torch.dtype = "auto",
-    device: torch.device | str | None = None,
-    trust_remote_code: bool = False,
-    **kwargs: Any,
+    name_or_path: str, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, which pads on the left with a token it has.
 
     Args:
         name_or_path (`str`): the alias `"smollm2-135m"`, a folder, or a name on the hub.
         dtype (`str` or `torch.dtype`): see [`choose_dtype`].
-        device (`torch.device` or `str`, *optional*): where the model is put; by default it stays where it was loaded,
-            for a trainer to place it.
         trust_remote_code (`bool`): run code that comes with the model.
         **kwargs: passed on to `AutoModelForCausalLM.from_pretrained`.
 
@@ -221,8 +194,8 @@ def load_model_and_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=choose_dtype(dtype, device).dtype, trust_remote_code=trust_remote_code, **kwargs
+        path, dtype=choose_dtype(dtype), trust_remote_code=trust_remote_code, **kwargs
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model if device is None else model.to(device), tokenizer
+    return model, tokenizer

@@ -177,27 +177,30 @@ def test_auto_takes_bf16_only_when_it_pays(
 ) -> None:
     """bf16 is chosen from 1.5 times the speed of fp32 on; both speeds are reported and logged."""
     speeds = {torch.float32: 100.0, torch.bfloat16: 100.0 * speedup}
-    threads, used = torch.get_num_threads(), []
+    used: list[int] = []
 
     def measured(dtype: torch.dtype, at_least: float = 0.0) -> float:
         used.append(torch.get_num_threads())
         return speeds[dtype]
 
     monkeypatch.setattr(models, "measure_gflops", measured)
-    with caplog.at_level(logging.INFO):
-        choice = models.choose_dtype("auto", "cpu")
-    assert choice == models.DtypeChoice(chosen, {"float32": 100.0, "bfloat16": 100.0 * speedup})
-    assert "GFLOP/s" in caplog.text
+    torch.set_num_threads(2)
+    try:
+        with caplog.at_level(logging.INFO):
+            assert models.choose_dtype("auto") == chosen
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)  # as conftest has it
+    assert f"float32 100, bfloat16 {100 * speedup:.0f} GFLOP/s" in caplog.text
     assert used == [1, 1]  # two threads, one of them held up by another process, measure the waiting
-    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(("supported", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_on_a_gpu_nothing_is_measured(supported: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is CUDA, it decides by what it supports, by default too; the CPU's speed plays no part."""
+    """Where there is CUDA, it decides by what it supports; the CPU's speed plays no part."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
-    assert models.choose_dtype("auto") == models.choose_dtype("auto", "cuda:1") == models.DtypeChoice(chosen)
+    assert models.choose_dtype("auto") == chosen
 
 
 def clock_of(durations: Iterator[float]) -> Callable[[], float]:
@@ -214,10 +217,10 @@ def clock_of(durations: Iterator[float]) -> Callable[[], float]:
 
 
 def test_a_hopeless_type_is_given_up_at_once() -> None:
-    """Where a small product takes a second, two are made and no full one; the speed is that of the small one."""
+    """Where a small product takes a second, one is timed and no full one; the speed is that of the small one."""
     ticks = count()
     gflops = models.measure_gflops(torch.bfloat16, at_least=100.0, clock=lambda: float(next(ticks)))
-    assert next(ticks) == 4  # two products, a start and an end each
+    assert next(ticks) == 2  # a start and an end
     assert gflops == pytest.approx(2e-9 * 32 * 576 * 1536)
 
 
@@ -226,15 +229,15 @@ def test_a_hiccup_of_the_machine_is_not_taken_for_a_hopeless_type() -> None:
 
     It did: a demo ran in float32 because one product of 30 µs had been interrupted.
     """
-    durations = iter([0.5, 4e-3, 3e-5, 0.06, 0.03, 0.03])  # warm-up and two products of 32 tokens, then three of 512
+    durations = iter([4e-3, 3e-5, 0.06, 0.03, 0.03])  # two products of 32 tokens, then three of 512
     gflops = models.measure_gflops(torch.bfloat16, at_least=500.0, clock=clock_of(durations))
-    assert gflops == pytest.approx(max(2e-9 * 32 * 576 * 1536 / 3e-5, 2e-9 * 512 * 576 * 1536 / 0.03))
+    assert gflops == pytest.approx(2e-9 * 512 * 576 * 1536 / 0.03)
     assert list(durations) == []
 
 
 def test_measured_speed_is_that_of_the_fastest_product() -> None:
     """Products are timed until 0.05 s are spent, and the fastest counts: other processes only make them slower."""
-    durations = iter([0.5, 0.01, 0.02, 0.01, 0.04])  # a warm-up of 32 tokens, then full products of 512
+    durations = iter([0.01, 0.02, 0.01, 0.04])
     assert models.measure_gflops(torch.float32, clock=clock_of(durations)) == pytest.approx(
         2e-9 * 512 * 576 * 1536 / 0.01
     )
@@ -243,7 +246,7 @@ def test_measured_speed_is_that_of_the_fastest_product() -> None:
 
 def test_a_hiccup_of_the_machine_does_not_make_float32_slow() -> None:
     """A first product that takes more than the whole budget is not the only one."""
-    durations = iter([0.5, 0.065, 0.01, 0.01])
+    durations = iter([0.065, 0.01, 0.01])
     assert models.measure_gflops(torch.float32, clock=clock_of(durations)) == pytest.approx(
         2e-9 * 512 * 576 * 1536 / 0.01
     )
@@ -251,8 +254,8 @@ def test_a_hiccup_of_the_machine_does_not_make_float32_slow() -> None:
 
 def test_a_named_type_is_taken_at_its_word() -> None:
     """No measurement is made for a named type, and a name that is no floating-point type is refused."""
-    assert models.choose_dtype("bfloat16") == models.choose_dtype("torch.bfloat16")
-    assert models.choose_dtype("float32") == models.DtypeChoice(torch.float32, {})
+    assert models.choose_dtype("bfloat16") == models.choose_dtype("torch.bfloat16") == torch.bfloat16
+    assert models.choose_dtype("float32") == torch.float32
     for name in ("int8", "bf17", "nn"):
         with pytest.raises(ValueError, match=f"dtype='{name}'"):
             models.choose_dtype(name)

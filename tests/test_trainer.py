@@ -469,7 +469,10 @@ def test_evaluation_of_one_choice_is_exact(
     trainer = make_trainer(eval_rows=data, num_selected=1, answer_target="first")
     written = [data[0]["answers"][0], f"{data[1]['answers'][0]} river", "Nile", ""]
     monkeypatch.setattr(trainer.pipeline, "generate", lambda prompts: written)
+    trainer._metrics["train"]["loss of a step"] = [1.0]
     metrics = trainer.evaluate()
+    assert "loss of a step" not in trainer.state.log_history[-1]
+    assert trainer._metrics["train"]["loss of a step"] == [1.0]  # is logged with its step, not with the evaluation
 
     model, builder = trainer.model, PromptBuilder(tokenizer, "number", 1)
     bounds, first = [], []
