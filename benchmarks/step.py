@@ -240,7 +240,7 @@ def relative_error(bench: Bench, step: Step) -> float:
         model = bench.pipeline.role(role)
         parameters = list(adapter_parameters(model, role).values())
         if role == SELECTOR:
-            decisions = bench.pipeline.decide([rollout.prompt], [None])
+            decisions = bench.pipeline.decide([rollout.prompt])
             shared = decisions.permutation_logps([rollout.drawn])[0][0].sum(dim=1)
             alone = [partial(repeated_selector_logp, model, rollout, z) for z in rollout.drawn]
         else:
