@@ -81,7 +81,7 @@ def validate_rows(
 
 
 def _problem(row: Mapping[str, Any], num_selected: int, require_scores: bool) -> tuple[str, str, str] | None:
-    """The first thing wrong: field, kind of problem (the same for every row, so that it can be counted), particulars."""
+    """The first thing wrong: field, kind (in the same words for every row, so that it can be counted), particulars."""
     if not _is_text(row.get("query")):
         return "query", "empty or missing query", ""
     answers, candidates = row.get("answers"), row.get("candidates")
