@@ -9,18 +9,17 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 
-class EMIterationCallback(TrainerCallback, ExportableState):
+class EMIterationCallback(TrainerCallback):
     """Counts EM iterations and stops when validation no longer improves (Alg. 1 of the paper).
 
     An EM iteration is one pass of E- and M-steps between two evaluations: with `eval_strategy="epoch"`, one pass over
-    the training queries, as in the paper. What each reached is in `iterations`.
+    the training queries, as in the paper. What each reached is read from the trainer's log, which a checkpoint keeps.
 
     Args:
         metric (`str`): evaluation metric to maximise, e.g. `eval_f1`.
@@ -30,27 +29,16 @@ class EMIterationCallback(TrainerCallback, ExportableState):
     def __init__(self, metric: str = "eval_f1", patience: int = 1):
         self.metric = metric
         self.patience = patience
-        self.iterations: list[dict[str, float]] = []
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict, **_: Any) -> None:
         if self.metric not in metrics:
             raise KeyError(f"{self.metric} is not among the evaluation metrics {', '.join(metrics)}")
-        self.iterations.append({"iteration": len(self.iterations) + 1, "step": state.global_step, **metrics})
-        values = [iteration[self.metric] for iteration in self.iterations]
+        values = [entry[self.metric] for entry in state.log_history if self.metric in entry]
         since_best = len(values) - 1 - values.index(max(values))
         logger.info(f"EM iteration {len(values)}: {self.metric} {values[-1]:.4f} (best {max(values):.4f})")
         if since_best >= self.patience:
             logger.info(f"{self.metric} has not improved for {since_best} EM iterations: stopping")
             control.should_training_stop = True
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback."""
-        return {
-            "args": {"metric": self.metric, "patience": self.patience},
-            "attributes": {"iterations": self.iterations},
-        }
 
 
 class TimeBudgetCallback(TrainerCallback):
@@ -69,7 +57,7 @@ class TimeBudgetCallback(TrainerCallback):
         self._start = 0.0
         self._rate = 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._start = time.monotonic()
 
     def _left(self, state: TrainerState) -> float:
@@ -77,18 +65,17 @@ class TimeBudgetCallback(TrainerCallback):
         left = max(0.0, min(time_left, 1 - state.global_step / state.max_steps))
         return broadcast_object_list([left])[0]  # by one clock, or the processes would drift apart
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any, **_: Any) -> None:
+        left = self._left(state)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self._left(state)
+            group["lr"] = group["initial_lr"] * left
         self._rate = optimizer.param_groups[0]["lr"]
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if "learning_rate" in state.log_history[-1]:  # the Trainer has logged the constant schedule's
             state.log_history[-1]["learning_rate"] = self._rate
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._left(state) == 0.0:
             control.should_save = True
             control.should_training_stop = True
@@ -110,17 +97,17 @@ class InterruptCallback(TrainerCallback):
         self.interrupted = True
         logger.warning("Interrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
             self._previous = signal.signal(signal.SIGINT, self._handle)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.interrupted = any(gather_object([self.interrupted]))  # one stops, all stop
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
 
@@ -153,27 +140,19 @@ class RichProgressCallback(TrainerCallback):
             console=console or Console(stderr=True),
             speed_estimate_period=600,  # steps take many seconds; the default of 30 would forget all but the last
         )
-        self._task: Any = None
+        self._task = self.progress.add_task(title, start=False, metrics="")
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.progress.start()
-            self._task = self.progress.add_task(
-                self.title, total=state.max_steps, completed=state.global_step, metrics=""
-            )
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.progress.disable = not state.is_world_process_zero
+        self.progress.reset(self._task, total=state.max_steps, completed=state.global_step)
+        self.progress.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._task is not None:
-            self.progress.update(self._task, completed=state.global_step)
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.progress.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
-    ) -> None:
-        shown = [f"{label} {logs[name]:.2f}" for name, label in self.SHOWN.items() if logs and name in logs]
-        if self._task is not None and shown:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict, **_: Any) -> None:
+        if shown := [f"{label} {logs[name]:.2f}" for name, label in self.SHOWN.items() if name in logs]:
             self.progress.update(self._task, metrics="  ".join(shown))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._task is not None:
-            self.progress.stop()
-            self._task = None
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.progress.stop()

@@ -127,7 +127,7 @@ def test_the_recipe_runs_and_resumes(recipe, flags, rows, tmp_path, capsys):
         assert low <= summary["delta"][metric]["mean"] <= high
     assert summary["warmup"]["iw_elbo"] != summary["dro"]["iw_elbo"]
     assert "DRO" in (tmp_path / "run/report.html").read_text()
-    assert "Recall@1" in capsys.readouterr().out
+    assert "recall@1" in capsys.readouterr().out
 
     answer = RAGPipeline.from_pretrained(tmp_path / "run", dtype="float32").answer(
         "Which river?", rows(1)[0]["candidates"]

@@ -110,7 +110,8 @@ def test_the_build_is_deterministic(corpus: Corpus) -> None:
     rows = make_rows(questions, corpus, num_candidates=3)
     again = make_rows(questions[::-1], Corpus(corpus.passages), num_candidates=3)
     assert json.dumps(rows) == json.dumps(again)
-    assert validate_rows(rows, num_selected=3, require_scores=True)[1].kept == 2
+    assert len(rows) == 2
+    validate_rows(rows, num_selected=3, require_scores=True)
 
 
 def test_equal_questions_are_kept_once() -> None:
@@ -195,7 +196,7 @@ def test_the_real_set(tmp_path: Path) -> None:
     golds = [set(part["gold"]) for part in dataset.values()]
     assert sum(map(len, golds)) == len(set().union(*golds))
     for part in dataset.values():
-        assert validate_rows(part, num_selected=20, require_scores=True)[1].kept == part.num_rows
+        validate_rows(part, num_selected=20, require_scores=True)
         assert all(row["gold"] in {c["id"] for c in row["candidates"]} for row in part)
 
     vitalqa._build(tmp_path, packages.cache_dir())

@@ -15,8 +15,7 @@ among them; they are kept.
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from datasets import Dataset
@@ -44,32 +43,10 @@ class RowError(InvalidInputError):
         self.index, self.field, self.problem = index, field, problem
 
 
-@dataclass(frozen=True)
-class RowCounts:
-    """What became of the rows.
-
-    Args:
-        read (`int`): rows looked at.
-        kept (`int`): rows without a problem.
-        skipped (`dict[str, int]`): problem -> rows skipped for it.
-    """
-
-    read: int
-    kept: int
-    skipped: dict[str, int] = field(default_factory=dict)
-
-
-class _Problem(Exception):
-    """Field, kind of problem (the same words for every row, so that it can be counted) and particulars."""
-
-    def __init__(self, field: str, kind: str, particulars: str = "") -> None:
-        self.field, self.kind, self.particulars = field, kind, particulars
-
-
 def validate_rows(
     rows: Rows, num_selected: int, on_error: Literal["fail", "skip"] = "fail", require_scores: bool = False
-) -> tuple[Rows, RowCounts]:
-    """The rows that can be used, of the type given, and counts.
+) -> tuple[Rows, Counter[str]]:
+    """The rows that can be used, of the type given, and how many were skipped for which problem.
 
     Args:
         rows (`Dataset` or `list[dict]`): see the module's docstring.
@@ -84,78 +61,53 @@ def validate_rows(
         raise ValueError(f'on_error={on_error!r}: use "fail" or "skip".')
     kept: list[int] = []
     skipped: Counter[str] = Counter()
-    for index, row in enumerate(_needed_columns(rows)):
-        try:
-            _check_row(row, num_selected, require_scores)
-        except _Problem as problem:
-            if on_error == "fail":
-                raise RowError(index, problem.field, problem.kind + problem.particulars) from None
-            skipped[problem.kind] += 1
-        else:
+    looked_at = rows
+    if isinstance(rows, Dataset):  # the other columns would only have to be decoded
+        looked_at = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
+    for index, row in enumerate(looked_at):
+        problem = _problem(row, num_selected, require_scores)
+        if problem is None:
             kept.append(index)
-    counts = RowCounts(len(rows), len(kept), dict(skipped))
+            continue
+        field, kind, particulars = problem
+        if on_error == "fail":
+            raise RowError(index, field, kind + particulars)
+        skipped[kind] += 1
     if not skipped:
-        return rows, counts
+        return rows, skipped
     reasons = ", ".join(f"{kind} ({count})" for kind, count in skipped.most_common())
-    logger.warning("Skipped %d of %d rows: %s", skipped.total(), counts.read, reasons)
-    return _take(rows, kept), counts
+    logger.warning("Skipped %d of %d rows: %s", skipped.total(), len(rows), reasons)
+    return (rows.select(kept) if isinstance(rows, Dataset) else [rows[index] for index in kept]), skipped
 
 
-def _needed_columns(rows: Rows) -> Rows:
-    """The rows without the columns that are not looked at, which would only have to be decoded."""
-    if isinstance(rows, Dataset):
-        return rows.select_columns([name for name in COLUMNS if name in rows.column_names])
-    return rows
-
-
-def _take(rows: Rows, indices: Sequence[int]) -> Rows:
-    """The rows at `indices`, whole."""
-    if isinstance(rows, Dataset):
-        return rows.select(indices)
-    return [rows[index] for index in indices]
-
-
-def _check_row(row: Mapping[str, Any], num_selected: int, require_scores: bool) -> None:
-    """Raise `_Problem` for the first thing that is wrong with a row."""
+def _problem(row: Mapping[str, Any], num_selected: int, require_scores: bool) -> tuple[str, str, str] | None:
+    """The first thing wrong: field, kind (in the same words for every row, so that it can be counted), particulars."""
     if not _is_text(row.get("query")):
-        raise _Problem("query", "empty or missing query")
-    answers = row.get("answers")
+        return "query", "empty or missing query", ""
+    answers, candidates = row.get("answers"), row.get("candidates")
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise _Problem("answers", "answers are not a list of texts", f": {answers!r}")
+        return "answers", "answers are not a list of texts", f": {answers!r}"
     if not any(map(_is_text, answers)):
-        raise _Problem("answers", "no answer that is not blank")
-    candidates = row.get("candidates")
+        return "answers", "no answer that is not blank", ""
     if not isinstance(candidates, list) or not all(isinstance(candidate, dict) for candidate in candidates):
-        raise _Problem("candidates", "candidates are not a list of passages")
+        return "candidates", "candidates are not a list of passages", ""
     if len(candidates) < num_selected:
-        raise _Problem("candidates", "fewer candidates than are selected", f": {len(candidates)} < {num_selected}")
+        return "candidates", "fewer candidates than are selected", f": {len(candidates)} < {num_selected}"
     for position, candidate in enumerate(candidates):
-        _check_candidate(candidate, f"candidates[{position}]", require_scores)
+        where, score = f"candidates[{position}]", candidate.get("score")
+        if not isinstance(candidate.get("title"), str):
+            return f"{where}.title", "missing title", ""
+        if not _is_text(candidate.get("text")):
+            return f"{where}.text", "empty or missing passage text", ""
+        if require_scores and not (isinstance(score, (int, float)) and math.isfinite(score)):
+            return f"{where}.score", "missing or non-finite score, which a retrieval prior needs", f": {score!r}"
     # Without an id, a passage is its title and text.
-    _check_ids([candidate.get("id") or (candidate["title"], candidate["text"]) for candidate in candidates])
-
-
-def _check_candidate(candidate: Mapping[str, Any], where: str, require_scores: bool) -> None:
-    """Raise `_Problem` for the first thing that is wrong with a candidate."""
-    if not isinstance(candidate.get("title"), str):
-        raise _Problem(f"{where}.title", "missing title")
-    if not _is_text(candidate.get("text")):
-        raise _Problem(f"{where}.text", "empty or missing passage text")
-    if require_scores:
-        score = candidate.get("score")
-        if not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise _Problem(
-                f"{where}.score", "missing or non-finite score, which a retrieval prior needs", f": {score!r}"
-            )
-
-
-def _check_ids(ids: Sequence[Any]) -> None:
-    """Raise `_Problem` if an id occurs twice."""
-    if len(set(ids)) < len(ids):
-        twice = next(identifier for identifier, count in Counter(ids).items() if count > 1)
-        raise _Problem("candidates", "candidate occurs twice", f": {twice!r}")
+    for passage, count in Counter(c.get("id") or (c["title"], c["text"]) for c in candidates).items():
+        if count > 1:
+            return "candidates", "candidate occurs twice", f": {passage!r}"
+    return None
 
 
 def _is_text(value: Any) -> bool:
     """Whether a value is a text that is not blank."""
-    return isinstance(value, str) and not value.isspace() and value != ""
+    return isinstance(value, str) and bool(value.strip())
