@@ -51,17 +51,6 @@ class MetricSettings:
     hotpot_yesno: bool = False
     first_answer_only: bool = False
 
-    def __post_init__(self) -> None:
-        if self.punct not in _PUNCTUATION_TABLES:
-            raise ValueError(f'punct={self.punct!r}: use "delete" (KILT) or "space" (DRO\'s code).')
-
-    @classmethod
-    def preset(cls, name: str) -> "MetricSettings":
-        """The settings of a known script: `"kilt"`, `"hotpot"` or `"dro-official"`."""
-        if name not in PRESETS:
-            raise ValueError(f"No metric preset {name!r}: use one of {', '.join(PRESETS)}.")
-        return PRESETS[name]
-
     def golds(self, answers: Sequence[str]) -> Sequence[str]:
         """The answers that count."""
         if not answers or isinstance(answers, str):

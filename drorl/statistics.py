@@ -14,9 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Values = Sequence[float] | np.ndarray
-_MAX_DRAWS_AT_ONCE = 1 << 22  # indices in memory at a time: 32 MiB
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -32,7 +29,7 @@ class Interval:
 
 
 def paired_bootstrap(
-    a: Values, b: Values, num_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
+    a: Sequence[float], b: Sequence[float], num_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
 ) -> Interval:
     """Returns the mean of `b - a` over questions with its bootstrap interval; above 0 means that `b` is larger.
 
@@ -46,53 +43,31 @@ def paired_bootstrap(
         confidence (`float`): in (0, 1).
 
     Raises:
-        ValueError: on different lengths, no questions, values that are not finite, or settings out of range.
+        ValueError: on different lengths, no questions, or values that are not finite.
 
     >>> paired_bootstrap([0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0])
     Interval(mean=0.5, ci95=(0.0, 1.0))
     """
-    first, second = _values(a, "a"), _values(b, "b")
-    if len(first) != len(second):
-        raise ValueError(f"paired values need the same questions: a has {len(first)} values, b has {len(second)}")
-    return bootstrap_mean(second - first, num_resamples, seed, confidence)
+    return bootstrap_mean([y - x for x, y in zip(a, b, strict=True)], num_resamples, seed, confidence)
 
 
-def bootstrap_mean(a: Values, num_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95) -> Interval:
-    """Returns the mean of `a` over questions with its bootstrap interval. Arguments as in `paired_bootstrap`.
+def bootstrap_mean(
+    values: Sequence[float], num_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
+) -> Interval:
+    """Returns the mean of `values` over questions with its bootstrap interval. Arguments as in `paired_bootstrap`.
 
     One question says nothing about how others differ from it: its interval is unbounded.
 
     >>> bootstrap_mean([0.25])
     Interval(mean=0.25, ci95=(-inf, inf))
     """
-    values = _values(a, "a")
-    if num_resamples < 1 or not 0 < confidence < 1:
-        raise ValueError(
-            f"num_resamples must be at least 1 and confidence in (0, 1), not {num_resamples} and {confidence}"
-        )
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Interval(mean, (-math.inf, math.inf))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(_resampled_means(values, num_resamples, seed), [tail, 1 - tail])
-    return Interval(mean, (float(low), float(high)))
-
-
-def _resampled_means(values: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """Returns the means of `num_resamples` samples of `values` with replacement, the same in any chunk size."""
-    rng = np.random.default_rng(seed)
-    chunk = max(1, _MAX_DRAWS_AT_ONCE // len(values))
-    sizes = [min(chunk, num_resamples - start) for start in range(0, num_resamples, chunk)]
-    return np.concatenate([values[rng.integers(len(values), size=(size, len(values)))].mean(axis=1) for size in sizes])
-
-
-def _values(values: Values, name: str) -> np.ndarray:
-    """Returns `values` as a float vector, or raises a `ValueError` saying which value cannot be averaged."""
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or not len(array):
-        raise ValueError(f"{name} must hold one number for each question and at least one, not shape {array.shape}")
-    bad = np.flatnonzero(~np.isfinite(array))
-    if len(bad):
-        first = f"{name}[{bad[0]}] is {array[bad[0]]}"
-        raise ValueError(f"{len(bad)} of {len(array)} values of {name} are not finite (the first: {first})")
-    return array
+    if array.ndim != 1 or not len(array) or not np.isfinite(array).all():
+        raise ValueError(f"a mean over questions needs one finite number for each, and at least one, not {values}")
+    mean = float(array.mean())
+    if len(array) == 1:
+        return Interval(mean, (-math.inf, math.inf))
+    rng, tail = np.random.default_rng(seed), (1 - confidence) / 2
+    means = [rng.choice(array, len(array)).mean() for _ in range(num_resamples)]
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(mean, (float(low), float(high)))

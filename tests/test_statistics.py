@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 
-from drorl import statistics
 from drorl.statistics import Interval, bootstrap_mean, paired_bootstrap
 
 
@@ -70,16 +69,6 @@ def test_swapping_the_systems_mirrors_the_interval():
     assert forward.ci95 == pytest.approx((-backward.ci95[1], -backward.ci95[0]))
 
 
-def test_chunks_do_not_change_the_result(monkeypatch):
-    """Memory is bounded by drawing in chunks; the draws are those of one large chunk."""
-    a = np.random.default_rng(5).random(37)
-    whole = bootstrap_mean(a, num_resamples=1_001)
-    monkeypatch.setattr(statistics, "_MAX_DRAWS_AT_ONCE", 37 * 3 + 5)
-    assert bootstrap_mean(a, num_resamples=1_001) == whole
-    monkeypatch.setattr(statistics, "_MAX_DRAWS_AT_ONCE", 1)  # fewer than the questions: one resample at a time
-    assert bootstrap_mean(a, num_resamples=1_001) == whole
-
-
 def test_seed_decides_the_resamples():
     a = np.random.default_rng(6).random(40)
     assert bootstrap_mean(a, seed=7) == bootstrap_mean(a, seed=7)
@@ -100,17 +89,15 @@ def test_interval_is_written_as_in_the_summary():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "options", "message"),
+    ("a", "b", "message"),
     [
-        ([0.0, 1.0], [1.0], {}, "a has 2 values, b has 1"),
-        ([], [], {}, "at least one"),
-        ([[0.0]], [[1.0]], {}, r"shape \(1, 1\)"),
-        ([0.0, math.nan, math.nan], [0.0, 0.0, 0.0], {}, r"2 of 3 values of a are not finite.*a\[1\] is nan"),
-        ([0.0, 0.0], [0.0, -math.inf], {}, r"b\[1\] is -inf"),
-        ([0.0, 1.0], [0.0, 1.0], {"num_resamples": 0}, "num_resamples must be at least 1"),
-        ([0.0, 1.0], [0.0, 1.0], {"confidence": 95}, "confidence in"),
+        ([0.0, 1.0], [1.0], "shorter"),
+        ([], [], "at least one"),
+        (np.zeros((1, 1)), np.ones((1, 1)), "one finite number for each"),
+        ([0.0, math.nan], [0.0, 0.0], r"finite.*nan"),
+        ([0.0, 0.0], [0.0, -math.inf], r"finite.*-inf"),
     ],
 )
-def test_bad_input_is_refused_with_a_reason(a, b, options, message):
+def test_bad_input_is_refused_with_a_reason(a, b, message):
     with pytest.raises(ValueError, match=message):
-        paired_bootstrap(a, b, **options)
+        paired_bootstrap(a, b)
