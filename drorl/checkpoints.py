@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .adapters import ROLES, load_adapter_weights
+from .errors import UserError
 from .pipeline import RAGPipeline
 
 
@@ -84,6 +87,20 @@ class AtomicCheckpoints(GRPOTrainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    @contextmanager
+    def saving_on(self, loss: type[UserError]) -> Generator[None]:
+        """Saves the run as it was on entry, the beginning of a step, before it stops for a `loss` from outside."""
+        random = torch.get_rng_state()
+        try:
+            yield
+        except loss as error:
+            step = self.state.global_step
+            if step == 0:
+                raise
+            torch.set_rng_state(random)
+            self._save_checkpoint(self.model, None)
+            raise loss(f"{error}. The run is saved at step {step}: go on with resume_from_checkpoint") from error
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes the checkpoint aside and renames it, so that a full disk or a kill leaves the previous one whole."""

@@ -23,7 +23,9 @@ FIXED = {
     "top_p": 1.0,
     "top_k": 0,
     "min_p": None,
-    "use_vllm": False,
+    "vllm_tensor_parallel_size": 1,
+    "vllm_enable_sleep_mode": False,
+    "vllm_structured_outputs_regex": None,
 }
 
 
@@ -75,6 +77,13 @@ class DROConfig(DROSettings, GRPOConfig):
             `num_generations=1` this is the supervised warm-up of both models.
         proposal_temperature (`float`, *optional*, defaults to `1.0`): flattens the policy that is sampled from; the
             weights are corrected by p_s/q, so they stay exact.
+        rollout_backend (`str`, *optional*, defaults to `"auto"`): who draws: `"transformers"` (the trainer's own
+            model), `"vllm"` (the same as TRL's `use_vllm=True`; TRL's settings `vllm_mode`, `vllm_server_base_url`,
+            `vllm_gpu_memory_utilization`, `vllm_importance_sampling_correction`, ... hold), or what was measured to
+            be faster, see [`~engines.sampler.choose_backend`].
+        max_sampling_logp_difference (`float`, *optional*, defaults to `0.5`): mean gap between vLLM's and the
+            trainer's log-probability of a decision (or token), nats, at which the run stops, because another policy
+            is being sampled than the one that is trained; a fifth of it warns.
         weight_temperature (`float`, *optional*, defaults to `1.0`): tempers the answer's likelihood in the weights.
 
     Parameters that control the M-step
@@ -124,7 +133,8 @@ class DROConfig(DROSettings, GRPOConfig):
         for name in ("num_candidates", "num_selected", "num_generations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("selector_temperature", "proposal_temperature", "weight_temperature"):
+        temperatures = ("selector_temperature", "proposal_temperature", "weight_temperature")
+        for name in (*temperatures, "max_sampling_logp_difference"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if not 0 <= self.min_importance_weight < 1:
@@ -172,6 +182,12 @@ class DROConfig(DROSettings, GRPOConfig):
             raise ValueError("constrained=False samples free text: it needs proposal='policy', proposal_temperature=1")
         if not self.constrained and self.retrieval_prior_weight:
             raise ValueError("retrieval_prior_weight needs constrained=True: free text has no candidate to weigh")
+        if self.use_vllm and self.rollout_backend == "transformers":
+            raise ValueError("use_vllm=True and rollout_backend='transformers' contradict each other")
+        if self.rollout_backend == "vllm":
+            self.use_vllm = True
+        if self.use_vllm and self.proposal == "retriever":
+            raise ValueError("proposal='retriever' samples nothing: leave use_vllm at False")
         for name, value in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by drorl: leave it at {value!r}")

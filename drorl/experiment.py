@@ -203,6 +203,8 @@ def warmup_config(config: DROConfig, num_queries: int, learning_rate: float) -> 
         selector_objective="dro",
         generator_objective="dro",
         baseline="none",
+        rollout_backend="transformers",  # nothing is sampled
+        use_vllm=False,
         num_generations=1,
         num_generations_eval=None,
         per_device_train_batch_size=queries_per_step,

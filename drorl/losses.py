@@ -178,6 +178,7 @@ def clipped_surrogate_loss(
     loss_type: str = "dapo",
     num_items: torch.Tensor | float | None = None,
     max_completion_length: int = 1,
+    sampling_ratio: torch.Tensor | None = None,
 ) -> LossOutput:
     r"""Returns GRPO's clipped surrogate, reduced as `loss_type` says.
 
@@ -195,6 +196,8 @@ def clipped_surrogate_loss(
             sequences times `max_completion_length`); the definitions of `trl.GRPOConfig.loss_type`.
         num_items (`torch.Tensor` or `float`): for `bnpo` and `dapo`; default: the tokens of this call.
         max_completion_length (`int`): for `dr_grpo`.
+        sampling_ratio (`torch.Tensor` of shape `(B, m, T)` or `(B, m, 1)`, *optional*): p_s/q of each token for an
+            engine's q, see [`~weights.log_sampling_ratio`]; constant.
 
     Source: https://huggingface.co/papers/2402.03300, Eq. 3; tests compare it with `trl.GRPOTrainer` step for step.
     """
@@ -203,6 +206,8 @@ def clipped_surrogate_loss(
     advantages = advantages.detach()[..., None]
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     losses = -torch.min(ratio * advantages, clipped * advantages) * mask
+    if sampling_ratio is not None:
+        losses = losses * sampling_ratio
     tokens = mask.sum()
     if loss_type == "grpo":
         loss = (losses.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)).mean()

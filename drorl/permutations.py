@@ -143,21 +143,26 @@ class DecisionTable:
     allowed: torch.Tensor
     """(D, N) bool: candidates not yet chosen at each decision."""
 
-    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+    def children_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Returns the logits of the allowed next tokens, `(C, R)`, of all at `contexts`, `(C, V)`; differentiable."""
+        return logits.gather(1, self.children.clamp(min=0).to(logits.device))
+
+    def log_probs(self, scores: torch.Tensor) -> torch.Tensor:
         r"""Returns log p(z_t = i | z_<t), normalised over the candidates still allowed, `-inf` for the others.
 
         Args:
-            logits (`torch.Tensor` of shape `(C, V)`): next-token logits at `contexts`, differentiable.
+            scores (`torch.Tensor` of shape `(C, R)`): logits or log-probabilities of `children`, differentiable;
+                whatever stands in the padding.
 
         Returns `(D, N)`, float32 or wider. A decision with one candidate left is forced: its log-probability is 0.
         """
         # Half precision would lose the differences that the weights are made of.
-        logits = logits.double() if logits.dtype == torch.float64 else logits.float()
-        children = self.children.to(logits.device)
-        allowed = self.allowed.to(logits.device)
-        scores = logits.gather(1, children.clamp(min=0)).masked_fill(children < 0, -torch.inf)  # (C, R)
-        steps = torch.log_softmax(scores, dim=-1).flatten()[self.path_steps.to(logits.device)]  # (P,)
-        flat = steps.new_zeros(allowed.numel()).index_add(0, self.path_slots.to(logits.device), steps)
+        scores = scores.double() if scores.dtype == torch.float64 else scores.float()
+        children = self.children.to(scores.device)
+        allowed = self.allowed.to(scores.device)
+        steps = torch.log_softmax(scores.masked_fill(children < 0, -torch.inf), dim=-1).flatten()
+        steps = steps[self.path_steps.to(scores.device)]  # (P,)
+        flat = steps.new_zeros(allowed.numel()).index_add(0, self.path_slots.to(scores.device), steps)
         return flat.view(allowed.shape).masked_fill(~allowed, -torch.inf)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -19,11 +19,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .adapters import GENERATOR, SELECTOR, activate, adapter_parameters, trainable_roles
 from .data.rows import RowError
 from .models import load_model_and_tokenizer
-from .policy import Decisions, SelectorPolicy
+from .policy import Decisions, Drawing, SelectorPolicy
 from .prompts import PromptBuilder, PromptTooLongError, SelectorPrompt
 from .settings import PipelineSettings
 
 SETTINGS_FILE = "drorl.json"
+BACKENDS = ("transformers", "vllm")
 Passage = Mapping[str, Any]
 
 
@@ -65,33 +66,60 @@ class RAGPipeline:
         self.model = model
         self.generator_model = generator_model
         self.models = [model] if generator_model is None else [model, generator_model]
-        self.tokenizer = tokenizer
-        self.generator_tokenizer = generator_tokenizer or tokenizer
-        self.settings = settings
-        self.policy = SelectorPolicy(settings.selector_temperature, settings.retrieval_prior_weight)
-        self.prompts = self._builder(model, tokenizer)
+        self._describe(tokenizer, generator_tokenizer or tokenizer, settings)
+        self.prompts = self._builder(_window(model), tokenizer)
         self.generator_prompts = self.prompts
         if generator_model is not None:
-            self.generator_prompts = self._builder(generator_model, self.generator_tokenizer)
+            self.generator_prompts = self._builder(_window(generator_model), self.generator_tokenizer)
 
-    def _builder(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
+    def _describe(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        generator_tokenizer: PreTrainedTokenizerBase,
+        settings: PipelineSettings,
+    ) -> None:
+        """Sets what does not depend on where the models are."""
+        self.tokenizer, self.generator_tokenizer, self.settings = tokenizer, generator_tokenizer, settings
+        self.policy = SelectorPolicy(settings.selector_temperature, settings.retrieval_prior_weight)
+
+    def _builder(self, window: int | None, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
         s = self.settings
-        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         lengths = [s.max_prompt_length, window and window - s.max_answer_length]
         limit = min((length for length in lengths if length is not None), default=None)
         template: Any = s.chat_template_kwargs  # a string only until the configuration has read it
         return PromptBuilder(tokenizer, s.identifiers, s.num_selected, s.max_passage_tokens, limit, template)
 
     @classmethod
-    def from_pretrained(cls, run_dir: str | Path, dtype: str = "auto", device: str | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        run_dir: str | Path,
+        dtype: str = "auto",
+        device: str | None = None,
+        backend: str = "transformers",
+        **engine: Any,
+    ) -> "RAGPipeline":
         """Loads a pipeline that [`DROTrainer.save_model`] wrote: `selector/`, `generator/`, tokenizer, `drorl.json`.
+
+        Args:
+            run_dir (`str` or `Path`): the run's directory.
+            dtype (`str`): see [`~models.choose_dtype`].
+            device (`str`, *optional*): default: a GPU if there is one. vLLM takes the one it was built for.
+            backend (`str`): `transformers`, or `vllm`: both adapters on one engine; see [`~engines.pipeline`].
+            **engine: `window` and `memory` of the engine, see [`~engines.vllm.LocalEngine`].
 
         Raises:
             FileNotFoundError: if `run_dir` is not such a directory.
+            ValueError: if there is no such `backend`.
         """
         run_dir = Path(run_dir)
         if not (run_dir / SETTINGS_FILE).is_file():
             raise FileNotFoundError(f"{run_dir} is not a drorl run: it has no {SETTINGS_FILE}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+        if backend == "vllm":
+            from .engines.pipeline import EnginePipeline
+
+            return EnginePipeline.load(run_dir, dtype, **engine)
         saved = json.loads((run_dir / SETTINGS_FILE).read_text())
         base, _ = load_model_and_tokenizer(saved["base_model"], dtype=dtype)
         model = PeftModel.from_pretrained(base, run_dir / SELECTOR, adapter_name=SELECTOR)
@@ -181,11 +209,11 @@ class RAGPipeline:
             random.Random(f"{seed}/{query}").shuffle(shown)
         return shown
 
-    def decisions(self, queries: Sequence[str], shown: Sequence[Sequence[Passage]], keep: bool = True) -> Decisions:
+    def decisions(self, queries: Sequence[str], shown: Sequence[Sequence[Passage]], keep: bool = True) -> Drawing:
         """Returns the selector's decisions over each query's candidates as shown; see [`~policy.Decisions`]."""
         return self.decide([self.prompts.selector(*pair) for pair in zip(queries, shown, strict=True)], keep)
 
-    def decide(self, prompts: Sequence[SelectorPrompt], keep: bool = True) -> Decisions:
+    def decide(self, prompts: Sequence[SelectorPrompt], keep: bool = True) -> Drawing:
         """Returns the selector's decisions after rendered prompts; see [`~policy.Decisions`]."""
         return Decisions(self.policy, self.role(SELECTOR), prompts, keep)
 
@@ -232,3 +260,7 @@ class RAGPipeline:
         )
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+
+def _window(model: PeftModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

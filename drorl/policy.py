@@ -14,6 +14,7 @@ Shapes: B queries, N candidates, K chosen, m permutations of one query, D decisi
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from .likelihood import PromptStates
-from .permutations import Permutation, prefixes_of
+from .permutations import DecisionTable, Permutation, prefixes_of
 from .prompts import SelectorPrompt
 
 Prefixes = Sequence[Permutation]
@@ -85,41 +86,26 @@ def gather_decisions(
     return logps[decisions, chosen], entropies[decisions].sum(dim=-1)
 
 
-class Decisions:
-    """The policy's decisions for B queries. Made with gradient, it can draw permutations and then train on them.
+class Drawing(ABC):
+    """Draws permutations of B queries from the policy, one decision at a time for all of them together.
 
     Args:
         policy ([`SelectorPolicy`]): settings of the policy.
-        model (`nn.Module`): the selector, its adapter active.
         prompts (`list` of B [`~prompts.SelectorPrompt`]): prompts and slates.
-        keep (`bool`): keeps the prompts' states for more than one question; see [`~likelihood.PromptStates`].
     """
 
-    def __init__(self, policy: SelectorPolicy, model: nn.Module, prompts: Sequence[SelectorPrompt], keep: bool = True):
-        self._policy = policy
+    def __init__(self, policy: SelectorPolicy, prompts: Sequence[SelectorPrompt]):
+        self.policy = policy
         self.prompts = prompts
-        self._states = PromptStates(model, [prompt.ids for prompt in prompts], keep)
-        self._drawing: PromptStates | None = None
-        # Every permutation passes through the first decision, so it is made in the prompts' own pass.
-        self._first: list[torch.Tensor] | None = None
         self._known: list[dict[Permutation, torch.Tensor]] = [{} for _ in prompts]
-        if self._states.cache is not None:
-            self._first = self._compute(self._states, [[()] for _ in prompts])
-            self._first_has_gradient = torch.is_grad_enabled()
-            self._known = [{(): rows[0].detach().cpu()} for rows in self._first]
 
-    def _compute(self, states: PromptStates, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
-        """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query, from one pass over the branches."""
-        tables = [prompt.slate.decisions(asked) for prompt, asked in zip(self.prompts, prefixes, strict=True)]
-        branches = [(query, context) for query, table in enumerate(tables) for context in table.contexts]
-        # Where everything is forced there is nothing to ask, but a loss of it is to have a graph.
-        logits = states.logits_after(branches or [(0, ())])
-        sizes = [len(table.contexts) for table in tables]
-        parts = logits[: sum(sizes)].split(sizes)
-        return [
-            self._policy.logps(table.log_probs(part), prompt.scores) + 0.0 * logits[0, 0]
-            for table, part, prompt in zip(tables, parts, self.prompts, strict=True)
-        ]
+    def tables(self, prefixes: Sequence[Prefixes]) -> list[DecisionTable]:
+        """Returns the decisions that follow each query's prefixes."""
+        return [prompt.slate.decisions(asked) for prompt, asked in zip(self.prompts, prefixes, strict=True)]
+
+    @abstractmethod
+    def _ask(self, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
+        """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query, without gradient."""
 
     @torch.no_grad()
     def logps(self, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
@@ -130,8 +116,7 @@ class Decisions:
         pairs = list(zip(self._known, prefixes, strict=True))
         missing = [[p for p in dict.fromkeys(asked) if p not in known] for known, asked in pairs]
         if any(missing):
-            self._drawing = self._drawing or self._states.fork()
-            for known, new, rows in zip(self._known, missing, self._compute(self._drawing, missing), strict=True):
+            for known, new, rows in zip(self._known, missing, self._ask(missing), strict=True):
                 known.update(zip(new, rows.cpu(), strict=True))
         return [torch.stack([known[p] for p in asked]) for known, asked in pairs]
 
@@ -140,25 +125,10 @@ class Decisions:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Returns log p_s of each decision `(m, K)` and the entropies `(m,)` of each query, see [`gather_decisions`].
 
-        With gradient where that is enabled.
-
-        Raises:
-            ValueError: if that is enabled now, but was not when the prompts were encoded.
+        Without gradient.
         """
         prefixes = [prefixes_of(drawn) for drawn in permutations]
-        logps = self._with_gradient(prefixes) if torch.is_grad_enabled() else self.logps(prefixes)
-        return [gather_decisions(*query) for query in zip(logps, prefixes, permutations, strict=True)]
-
-    def _with_gradient(self, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
-        """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query; the first of its `prefixes` is `()`."""
-        if self._first is None:
-            return self._compute(self._states, prefixes)
-        if not self._first_has_gradient:
-            raise ValueError("these decisions were made without gradient: make new ones to train on")
-        later = [of_query[1:] for of_query in prefixes]
-        if not any(later):
-            return self._first
-        return [torch.cat(rows) for rows in zip(self._first, self._compute(self._states, later), strict=True)]
+        return [gather_decisions(*query) for query in zip(self.logps(prefixes), prefixes, permutations, strict=True)]
 
     def sample(
         self,
@@ -167,7 +137,7 @@ class Decisions:
         every_first_choice: bool = False,
         generators: Sequence[torch.Generator] | None = None,
     ) -> list[Draw]:
-        """Draws permutations of each query, one decision at a time for all of them together.
+        """Draws permutations of each query.
 
         Args:
             num_generations (`int`): m; ignored with `every_first_choice`, where it is N.
@@ -202,6 +172,70 @@ class Decisions:
             rows = self.logps([[z] for z in permutations])
             permutations = [(*z, int(row[0].argmax())) for z, row in zip(permutations, rows, strict=True)]
         return permutations
+
+
+class Decisions(Drawing):
+    """The policy's decisions under a model here. Made with gradient, it can draw permutations and then train on them.
+
+    Args:
+        policy ([`SelectorPolicy`]): settings of the policy.
+        model (`nn.Module`): the selector, its adapter active.
+        prompts (`list` of B [`~prompts.SelectorPrompt`]): prompts and slates.
+        keep (`bool`): keeps the prompts' states for more than one question; see [`~likelihood.PromptStates`].
+    """
+
+    def __init__(self, policy: SelectorPolicy, model: nn.Module, prompts: Sequence[SelectorPrompt], keep: bool = True):
+        super().__init__(policy, prompts)
+        self._states = PromptStates(model, [prompt.ids for prompt in prompts], keep)
+        self._drawing: PromptStates | None = None
+        # Every permutation passes through the first decision, so it is made in the prompts' own pass.
+        self._first: list[torch.Tensor] | None = None
+        if self._states.cache is not None:
+            self._first = self._compute(self._states, [[()] for _ in prompts])
+            self._first_has_gradient = torch.is_grad_enabled()
+            self._known = [{(): rows[0].detach().cpu()} for rows in self._first]
+
+    def _ask(self, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
+        self._drawing = self._drawing or self._states.fork()
+        return self._compute(self._drawing, prefixes)
+
+    def _compute(self, states: PromptStates, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
+        """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query, from one pass over the branches."""
+        tables = self.tables(prefixes)
+        branches = [(query, context) for query, table in enumerate(tables) for context in table.contexts]
+        # Where everything is forced there is nothing to ask, but a loss of it is to have a graph.
+        logits = states.logits_after(branches or [(0, ())])
+        sizes = [len(table.contexts) for table in tables]
+        parts = logits[: sum(sizes)].split(sizes)
+        return [
+            self.policy.logps(table.log_probs(table.children_scores(part)), prompt.scores) + 0.0 * logits[0, 0]
+            for table, part, prompt in zip(tables, parts, self.prompts, strict=True)
+        ]
+
+    def permutation_logps(
+        self, permutations: Sequence[Sequence[Permutation]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The same, with gradient where that is enabled.
+
+        Raises:
+            ValueError: if that is enabled now, but was not when the prompts were encoded.
+        """
+        if not torch.is_grad_enabled():
+            return super().permutation_logps(permutations)
+        prefixes = [prefixes_of(drawn) for drawn in permutations]
+        pairs = zip(self._with_gradient(prefixes), prefixes, permutations, strict=True)
+        return [gather_decisions(*query) for query in pairs]
+
+    def _with_gradient(self, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
+        """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query; the first of its `prefixes` is `()`."""
+        if self._first is None:
+            return self._compute(self._states, prefixes)
+        if not self._first_has_gradient:
+            raise ValueError("these decisions were made without gradient: make new ones to train on")
+        later = [of_query[1:] for of_query in prefixes]
+        if not any(later):
+            return self._first
+        return [torch.cat(rows) for rows in zip(self._first, self._compute(self._states, later), strict=True)]
 
 
 def _invert(logps: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

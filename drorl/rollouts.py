@@ -3,7 +3,7 @@
 Shapes: N candidates, K chosen, m permutations of one query, T decisions (constrained: K) or tokens (free text).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -18,7 +18,7 @@ from .errors import InvalidInputError
 from .likelihood import sequence_logps
 from .permutations import Permutation, parse_permutation, prefixes_of
 from .pipeline import Passage, RAGPipeline
-from .policy import Decisions
+from .policy import Drawing
 from .prompts import SelectorPrompt
 from .tree import TokenTree
 
@@ -55,6 +55,10 @@ class Rollout:
     """(m, T): log p_s when the permutations were drawn, nats; `None`: as it is in the M-step."""
     valid_rate: float = 1.0
     """Share of the samples that needed no repair; 1 by construction when constrained."""
+    sampling_logps: torch.Tensor | None = None
+    """(m, T): log p_s of each decision or token according to the engine that drew it, nats; `None`: drawn here."""
+    version: str | None = None
+    """Of the selector's adapter in that engine; see [`engines.delivery`]."""
 
     @property
     def drawn(self) -> list[Permutation]:
@@ -121,11 +125,22 @@ def batches(rollouts: Sequence[Rollout], limit: int | None) -> Iterator[list[Rol
 
 
 def draw_rollouts(
-    pipeline: RAGPipeline, config: DROConfig, questions: Sequence[Question]
-) -> tuple[list[Rollout], Decisions]:
-    """Draws permutations of each question from the constrained policy; returns them and what they were drawn from."""
-    keep = config.proposal != "retriever"  # there nothing is asked before the loss asks
-    decisions = pipeline.decisions([q.row["query"] for q in questions], [q.shown for q in questions], keep)
+    pipeline: RAGPipeline,
+    config: DROConfig,
+    questions: Sequence[Question],
+    decide: Callable[[Sequence[SelectorPrompt]], Drawing] | None = None,
+) -> tuple[list[Rollout], Drawing]:
+    """Draws permutations of each question from the constrained policy; returns them and what they were drawn from.
+
+    Args:
+        pipeline ([`RAGPipeline`]): both models.
+        config ([`DROConfig`]): m, K and the proposal.
+        questions (`list` of B [`Question`]): what to draw for.
+        decide (*optional*): makes the decisions after prompts; default: the pipeline's own selector.
+    """
+    prompts = [pipeline.prompts.selector(q.row["query"], q.shown) for q in questions]
+    # From the retriever's order nothing is asked before the loss asks.
+    decisions = decide(prompts) if decide else pipeline.decide(prompts, keep=config.proposal != "retriever")
     drawn: list[dict[str, Any]]
     if config.proposal == "retriever":
         # The weight of a single sample is 1, however likely it is, so no probability is computed.
@@ -141,24 +156,27 @@ def draw_rollouts(
 
 
 def read_rollout(
-    pipeline: RAGPipeline, config: DROConfig, question: Question, completion_ids: list[list[int]]
+    pipeline: RAGPipeline, config: DROConfig, question: Question, completion_ids: list[list[int]], **drawn: Any
 ) -> Rollout:
     """Reads permutations of one question from sampled free texts, `completion_ids`; see [`draw_rollouts`]."""
     prompt = pipeline.prompts.selector(question.row["query"], question.shown)
     texts = pipeline.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     parsed = [parse_permutation(text, prompt.identifiers, config.num_selected) for text in texts]
-    drawn = {"completion_ids": completion_ids, "valid_rate": sum(p.valid for p in parsed) / len(parsed)}
+    drawn |= {"completion_ids": completion_ids, "valid_rate": sum(p.valid for p in parsed) / len(parsed)}
     return _rollout(pipeline, config, question, prompt, [p.permutation for p in parsed], **drawn)
 
 
 def remember(pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Returns free texts with how likely they are under the selector as it is."""
+    """Returns rollouts with how likely they are under the selector as it is; free texts were drawn from it."""
     logps = score_selector(pipeline, config, rollouts).token_logps
-    return [replace(r, old_selector_logps=old, proposal_logps=old) for r, old in zip(rollouts, logps, strict=True)]
+    return [
+        replace(r, old_selector_logps=old, proposal_logps=old if r.proposal_logps is None else r.proposal_logps)
+        for r, old in zip(rollouts, logps, strict=True)
+    ]
 
 
 def score_selector(
-    pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout], decisions: Decisions | None = None
+    pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout], decisions: Drawing | None = None
 ) -> SelectorScores:
     """Returns log p_s of each decision or token, with gradient where that is enabled; `-inf` where a text has ended.
 
@@ -166,7 +184,7 @@ def score_selector(
         pipeline ([`RAGPipeline`]): both models.
         config ([`DROConfig`]): the temperature of free text.
         rollouts (`list` of B [`Rollout`]): all constrained, or all free text.
-        decisions ([`~policy.Decisions`], *optional*): what the rollouts were drawn from, to use its states again.
+        decisions ([`~policy.Drawing`], *optional*): what the rollouts were drawn from, to use its states again.
     """
     if rollouts[0].completion_ids is not None:
         pairs = [(r.prompt.ids, tokens) for r in rollouts for tokens in r.completion_ids or []]

@@ -43,6 +43,8 @@ class DROSettings(PipelineSettings):
     constrained: bool = _setting(True, "Normalise the policy over valid permutations.")
     proposal: str = _setting("policy", "Where permutations come from.", ("policy", "first_choices", "retriever"))
     proposal_temperature: float = _setting(1.0, "Temperature of the sampling proposal.")
+    rollout_backend: str = _setting("auto", "Who samples permutations.", ("auto", "transformers", "vllm"))
+    max_sampling_logp_difference: float = _setting(0.5, "Gap between vLLM and trainer that stops the run, nats.")
     weight_temperature: float = _setting(1.0, "Tempers the likelihood in the weights.")
     selector_objective: str = _setting("dro", "Objective of the selector.", SELECTOR_OBJECTIVES)
     generator_objective: str = _setting("dro", "Objective of the generator.", ("dro", "sft", "none"))

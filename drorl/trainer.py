@@ -32,6 +32,7 @@ from .adapters import GENERATOR, ROLES, SELECTOR, load_with_adapters
 from .backends import backend_of, refuse_dropout
 from .config import DROConfig
 from .data.rows import validate_rows
+from .engines.sampler import EngineSampler, choose_backend
 from .errors import InvalidInputError
 from .evaluation import Record
 from .losses import LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
@@ -118,6 +119,8 @@ class DROTrainer(TwoRoleTrainer):
             generator_model, generator_tokenizer = load_with_adapters(
                 generator_model, (GENERATOR,), peft_config, args.model_init_kwargs
             )
+        backend, reason = choose_backend(args)
+        args.use_vllm = False  # TRL's own engine would merge the adapter into the base and take it out again
         super().__init__(
             model=model,
             reward_funcs=_no_reward,
@@ -152,6 +155,9 @@ class DROTrainer(TwoRoleTrainer):
             )
         for index, row in enumerate(self.train_dataset):
             self.pipeline.check_length(index, row["query"], row["candidates"])
+        args.use_vllm = backend == "vllm"
+        logger.info(f"rollout_backend={args.rollout_backend}: {backend}, {reason}")
+        self.sampler = EngineSampler(args, self.pipeline, self.accelerator) if args.use_vllm else None
 
     @staticmethod
     def _rows(rows: Dataset | Sequence[Mapping[str, Any]], args: DROConfig) -> Dataset:
@@ -184,21 +190,25 @@ class DROTrainer(TwoRoleTrainer):
         order = f"{self.args.seed}/{self.state.global_step}"
         shown = [self.pipeline.present(row["query"], row["candidates"], order) for row in rows]
         # TRL samples free text, and nothing else may take from its randomness.
-        seeds = torch.randint(2**62, (len(rows),)).tolist() if self.args.constrained else [0] * len(rows)
+        by_trl = not self.args.constrained and self.sampler is None
+        seeds = [0] * len(rows) if by_trl else torch.randint(2**62, (len(rows),)).tolist()
         questions = [Question(*question) for question in zip(rows, shown, seeds, strict=True)]
         rollouts, num_items = None, len(rows) * self.num_generations * self.args.num_selected
-        if not self.args.constrained:
+        if self.sampler is not None:
+            rollouts = self.sampler.draw(questions)
+            num_items = sum(r.num_items for r in rollouts)
+        elif not self.args.constrained:
             texts = self._generate_texts(questions)
             rollouts = [read_rollout(self.pipeline, self.args, *q) for q in zip(questions, texts, strict=True)]
             num_items = sum(r.num_items for r in rollouts)
-            if not self._on_policy:
-                groups = batches(rollouts, self.args.max_tokens_per_forward)
-                rollouts = [r for group in groups for r in remember(self.pipeline, self.args, group)]
         elif not (self._on_policy and self._one_pass):
             apart = self.args.max_tokens_per_forward is not None
             together = [[question] for question in questions] if apart else [questions]
             with self.pipeline.evaluating():  # in training, gradient checkpointing would throw the states away
                 rollouts = [r for group in together for r in draw_rollouts(self.pipeline, self.args, group)[0]]
+        if rollouts is not None and not self._on_policy and (self.sampler or not self.args.constrained):
+            groups = batches(rollouts, self.args.max_tokens_per_forward)
+            rollouts = [r for group in groups for r in remember(self.pipeline, self.args, group)]
         count = torch.tensor(float(num_items), device=self.accelerator.device)
         return {
             "row": torch.arange(len(rows)),  # TRL splits the batch along the first tensor
@@ -267,9 +277,13 @@ class DROTrainer(TwoRoleTrainer):
         if scored is None and train_selector and self._one_pass:
             scored = score_selector(self.pipeline, self.args, rollouts)
         selector_logps = self._selector_logps_now(rollouts, scored)
+        watched, correction = {}, None
+        if self.sampler is not None and selector_logps is not None:
+            old = self._old_selector_logps(rollouts, selector_logps)
+            watched, correction = self.sampler.watch(rollouts, old), self.sampler.correction(rollouts, old)
         generator_logps = self._generator_logps(rollouts)
-        weighting = self._weigh(rollouts, selector_logps, generator_logps.detach())
-        loss, metrics = torch.zeros((), device=self.accelerator.device), dict(weighting.metrics)
+        weighting = self._weigh(rollouts, selector_logps, generator_logps.detach(), correction)
+        loss, metrics = torch.zeros((), device=self.accelerator.device), {**weighting.metrics, **watched}
         scale = 1 / self.current_gradient_accumulation_steps
         if train_generator:
             output = self._generator_loss(rollouts, generator_logps, weighting)
@@ -280,7 +294,7 @@ class DROTrainer(TwoRoleTrainer):
                 loss = loss.detach()
         if train_selector:
             scored = scored or score_selector(self.pipeline, self.args, rollouts)
-            output = self._selector_loss(rollouts, scored.token_logps, weighting, num_items)
+            output = self._selector_loss(rollouts, scored.token_logps, weighting, num_items, correction)
             metrics |= {"selector/loss": output.loss, **output.metrics, **scored.metrics}
             loss = loss + scale * share * output.loss
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
@@ -311,27 +325,38 @@ class DROTrainer(TwoRoleTrainer):
         return weighted_mle_loss(generator_logps, weights)
 
     def _selector_logps_now(self, rollouts: list[Rollout], scored: SelectorScores | None) -> torch.Tensor | None:
-        """Returns log p_s(z|x,d) under the current selector without gradient, `(B, m)`; `None`: nothing depends on it.
+        """Returns log p_s under the current selector without gradient, `(B, m, T)`; `None`: nothing depends on it.
 
-        On policy these are the E-step's. Otherwise the selector has moved since, and the weights follow it.
+        On policy these are the E-step's. Otherwise the selector has moved since, and the weights follow it. An
+        engine's are not the trainer's own.
         """
         if scored is not None:
-            return sum_over_tokens(scored.token_logps.detach())
-        if self._on_policy or self.args.selector_objective == "none":
-            return stacked_sums([r.old_selector_logps for r in rollouts], self.args.device)
+            return scored.token_logps.detach()
+        known = [r.old_selector_logps for r in rollouts if r.old_selector_logps is not None]
+        if self.args.selector_objective == "none" or (self._on_policy and self.sampler is None):
+            return stack(known).to(self.args.device) if len(known) == len(rollouts) else None
         with torch.no_grad():
-            return sum_over_tokens(score_selector(self.pipeline, self.args, rollouts).token_logps)
+            return score_selector(self.pipeline, self.args, rollouts).token_logps
+
+    def _old_selector_logps(self, rollouts: list[Rollout], token_logps: torch.Tensor) -> torch.Tensor:
+        """Returns log p_s when the permutations were drawn, `(B, m, T)`, given what it is now."""
+        if self._on_policy:
+            return token_logps.detach()  # the ratio is exactly 1, as in TRL
+        known = [r.old_selector_logps for r in rollouts if r.old_selector_logps is not None]
+        return stack(known).to(self.args.device)[..., : token_logps.shape[-1]]  # remembered in larger groups
 
     def _selector_loss(
-        self, rollouts: list[Rollout], token_logps: torch.Tensor, weighting: Weighting, num_items: torch.Tensor
+        self,
+        rollouts: list[Rollout],
+        token_logps: torch.Tensor,
+        weighting: Weighting,
+        num_items: torch.Tensor,
+        correction: torch.Tensor | None,
     ) -> LossOutput:
         if self.args.selector_objective == "dro":
             return weighted_mle_loss(sum_over_tokens(token_logps), weighting.advantages)
         mask = token_logps.isfinite()
-        old = token_logps.detach()  # on-policy the ratio is exactly 1, as in TRL
-        if not self._on_policy:
-            known = [r.old_selector_logps for r in rollouts if r.old_selector_logps is not None]
-            old = stack(known).to(self.args.device)[..., : mask.shape[-1]]  # remembered in larger groups
+        old = self._old_selector_logps(rollouts, token_logps)
         return clipped_surrogate_loss(
             token_logps.masked_fill(~mask, 0.0),
             old.masked_fill(~mask, 0.0),
@@ -342,17 +367,27 @@ class DROTrainer(TwoRoleTrainer):
             self.loss_type,
             num_items,
             self.max_completion_length,
+            None if correction is None else correction.exp(),
         )
 
     def _weigh(
-        self, rollouts: list[Rollout], selector_logps: torch.Tensor | None, generator_logps: torch.Tensor
+        self,
+        rollouts: list[Rollout],
+        token_logps: torch.Tensor | None,
+        generator_logps: torch.Tensor,
+        correction: torch.Tensor | None,
     ) -> Weighting:
         args = self.args
-        selector_logps = torch.zeros_like(generator_logps) if selector_logps is None else selector_logps
-        # Drawn from the policy itself, its own probabilities are q, without the rounding of another pass.
-        own = self._on_policy and args.proposal == "policy" and args.proposal_temperature == 1.0
-        proposal_logps = None if own else stacked_sums([r.proposal_logps for r in rollouts], args.device)
-        proposal_logps = selector_logps if proposal_logps is None else proposal_logps
+        selector_logps = torch.zeros_like(generator_logps) if token_logps is None else sum_over_tokens(token_logps)
+        if self.sampler is not None:
+            old = token_logps if token_logps is None else self._old_selector_logps(rollouts, token_logps)
+            old_logps = selector_logps if old is None else sum_over_tokens(old)
+            proposal_logps = old_logps - self.sampler.log_ratio(rollouts, correction)
+        else:
+            # Drawn from the policy itself, its own probabilities are q, without the rounding of another pass.
+            own = self._on_policy and args.proposal == "policy" and args.proposal_temperature == 1.0
+            proposal_logps = None if own else stacked_sums([r.proposal_logps for r in rollouts], args.device)
+            proposal_logps = selector_logps if proposal_logps is None else proposal_logps
         scores = Scores(generator_logps, selector_logps, proposal_logps)
         objective = "dro" if args.selector_objective == "none" else args.selector_objective
         weighting = weigh(scores, objective, args.weight_temperature, args.baseline, args.scale_rewards)

@@ -13,6 +13,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from .adapters import GENERATOR, SELECTOR
 from .checkpoints import AtomicCheckpoints
+from .engines.base import EngineError
 from .evaluation import Record, aggregate, evaluate_rows
 from .pipeline import RAGPipeline
 
@@ -77,7 +78,8 @@ class TwoRoleTrainer(AtomicCheckpoints):
         """
         if self.pipeline.generator_model is not None:
             self.pipeline.generator_model.train()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self.saving_on(EngineError):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
             for p in chain.from_iterable(self._trained_parameters().values()):
                 p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")

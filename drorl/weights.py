@@ -15,6 +15,8 @@ Differences from the paper: `weight_temperature` (1.0 = paper), the ratio p_s/q,
 Shapes: B queries, m sampled permutations of each. All values are in nats.
 """
 
+import math
+
 import torch
 
 
@@ -41,6 +43,41 @@ def log_importance_weights(
     if log_ratio is not None:
         log_weights = log_weights + log_ratio
     return log_weights.masked_fill(~torch.isfinite(log_weights), -torch.inf)
+
+
+def log_sampling_ratio(
+    token_logps: torch.Tensor,
+    sampling_logps: torch.Tensor,
+    mode: str = "sequence_mask",
+    clip_min: float | None = None,
+    clip_max: float | None = None,
+) -> torch.Tensor:
+    r"""Returns what corrects for an engine that samples not quite the trainer's policy, truncated: log of a ratio.
+
+    $$\log p_s(z_t) - \log p_\text{engine}(z_t)$$
+
+    of each t or summed over the sequence, kept within bounds.
+
+    Args:
+        token_logps (`torch.Tensor` of shape `(B, m, T)`): log p_s of each decision or token when it was drawn, nats;
+            `-inf` in the padding.
+        sampling_logps (`torch.Tensor` of shape `(B, m, T)`): the same according to the engine.
+        mode (`str`): `vllm_importance_sampling_mode` of `trl.GRPOConfig`: `token_*` or `sequence_*`; `*_truncate`
+            takes the bound for what is beyond it, `*_mask` takes `-inf`: the token or sequence does not count.
+        clip_min (`float`, *optional*): lower bound of the ratio.
+        clip_max (`float`, *optional*): upper bound of the ratio.
+
+    Returns `(B, m, T)` or, of whole sequences, `(B, m, 1)`. Source: TRL's `vllm_importance_sampling_correction`.
+    """
+    gap = (token_logps - sampling_logps).masked_fill(~sampling_logps.isfinite(), 0.0)
+    level, action = mode.split("_")
+    if level == "sequence":
+        gap = gap.sum(dim=-1, keepdim=True)
+    low = -math.inf if clip_min is None or clip_min <= 0 else math.log(clip_min)
+    high = math.inf if clip_max is None else math.log(clip_max)
+    if action == "truncate":
+        return gap.clamp(low, high)
+    return gap.masked_fill((gap < low) | (gap > high), -torch.inf)
 
 
 def importance_weights(log_weights: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,10 @@ REJECTED: list[tuple[dict[str, Any], list[str]]] = [
     ({"beta": 0.04}, ["beta=0.04 is not supported"]),
     ({"importance_sampling_level": "sequence"}, ["importance_sampling_level='sequence' is not supported"]),
     ({"constrained": False, "top_p": 0.95}, ["top_p=0.95 is not supported"]),
-    ({"use_vllm": True}, ["use_vllm=True is not supported"]),
+    ({"use_vllm": True, "rollout_backend": "transformers"}, ["use_vllm=True", "contradict"]),
+    ({"use_vllm": True, "proposal": "retriever", "num_generations": 1}, ["proposal='retriever' samples nothing"]),
+    ({"max_sampling_logp_difference": 0.0}, ["max_sampling_logp_difference must be above 0"]),
+    ({"vllm_enable_sleep_mode": True}, ["vllm_enable_sleep_mode=True is not supported"]),
 ]
 
 

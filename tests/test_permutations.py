@@ -166,7 +166,7 @@ def test_every_decision_is_a_distribution_over_the_remaining_candidates(identifi
     slate = slate_of(identifiers, num_selected)
     prefixes = [z for t in range(num_selected) for z in list(orders(range(len(identifiers)), t))[:25]]
     table = slate.decisions(prefixes)
-    probabilities = table.log_probs(random_logits(table.contexts)).exp()
+    probabilities = table.log_probs(table.children_scores(random_logits(table.contexts))).exp()
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(len(prefixes)).double(), rtol=0, atol=1e-12)
     for prefix, row in zip(table.prefixes, probabilities, strict=True):
         step = len(prefix)
@@ -189,7 +189,7 @@ def test_a_title_that_begins_another_is_told_apart_by_its_terminator() -> None:
     logits[0, encode("PR")] = torch.tensor([math.log(3.0), math.log(1.0)])
     logits[1, encode("H>")] = torch.tensor([math.log(1.0), math.log(4.0)])
     expected = torch.tensor([[0.75 * 0.8, 0.75 * 0.2, 0.25]])
-    torch.testing.assert_close(table.log_probs(logits).exp(), expected)
+    torch.testing.assert_close(table.log_probs(table.children_scores(logits)).exp(), expected)
 
 
 @pytest.mark.parametrize(("count", "contexts"), [(1, 0), (2, 1), (9, 1), (10, 2), (19, 2), (20, 3)])
@@ -203,7 +203,7 @@ def test_a_last_remaining_candidate_is_certain_and_free() -> None:
     """With N = K = 1 nothing is computed, the log-probability is 0."""
     table = slate_of(["A"], 1).decisions([()])
     assert table.contexts == []
-    assert table.log_probs(torch.empty(0, 128)).tolist() == [[0.0]]
+    assert table.log_probs(table.children_scores(torch.empty(0, 128))).tolist() == [[0.0]]
 
 
 def test_a_decision_asked_for_twice_is_laid_out_once() -> None:
@@ -219,9 +219,9 @@ def test_half_precision_logits_are_widened_before_the_softmax(dtype: torch.dtype
     """The probabilities are those of the same logits in float32, to its rounding."""
     table = slate_of(NUMBERS, 1).decisions([()])
     logits = random_logits(table.contexts).to(dtype)
-    log_probs = table.log_probs(logits)
+    log_probs = table.log_probs(table.children_scores(logits))
     assert log_probs.dtype == torch.float32
-    torch.testing.assert_close(log_probs, table.log_probs(logits.float()), rtol=0, atol=0)
+    torch.testing.assert_close(log_probs, table.log_probs(table.children_scores(logits.float())), rtol=0, atol=0)
 
 
 def test_more_passages_than_candidates_cannot_be_selected() -> None:
