@@ -49,6 +49,44 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run's output director
     typer.echo(write_report(run_dir))
 
 
+@app.command()
+def serve(
+    source: Annotated[
+        str, typer.Argument(help="A trained run, or the base model of a trainer with vllm_mode=server.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    dtype: Annotated[str, typer.Option(help="As the trainer's; auto measures on a CPU.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, tokens; default: the model's.")] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory for vLLM.")] = 0.9,
+    max_lora_rank: Annotated[int, typer.Option(help="Largest rank of a trainer's adapters.")] = 64,
+    native_lora: Annotated[
+        bool | None, typer.Option(help="Adapters as they are, not merged; default: on a GPU, and for a run.")
+    ] = None,
+    max_passages: Annotated[int, typer.Option(help="Most candidates of a request.")] = 200,
+    max_body_mib: Annotated[float, typer.Option(help="Longest request, MiB.")] = 4.0,
+) -> None:
+    """Serve a run (POST /select, /answer, /v1/...), or a base model from which a trainer samples, with vLLM."""
+    try:
+        from .engines.server import serve as serve_with_vllm
+    except ImportError as error:
+        from .engines.vllm import INSTALL
+
+        raise UserError(INSTALL) from error
+    serve_with_vllm(
+        source,
+        host,
+        port,
+        dtype,
+        max_model_len,
+        gpu_memory_utilization,
+        max_lora_rank,
+        max_passages,
+        max_body_mib,
+        native_lora,
+    )
+
+
 def main() -> None:
     """Entry point of the `drorl` command: a user's mistake is answered by one line."""
     try:

@@ -223,6 +223,10 @@ class GenerateRequest(Prompts):
 trainers = APIRouter(prefix="/drorl")
 
 
+async def body(request: Request) -> bytes:
+    return await request.body()
+
+
 @trainers.post("/client")
 def connect(it: Shared, base: Annotated[str, Body(embed=True)], x_drorl_client: Annotated[str, Header()]) -> dict:
     it.admit(x_drorl_client, base)
@@ -236,7 +240,7 @@ def disconnect(it: Trainers) -> dict:
 
 
 @trainers.put("/adapters/{role}")
-def deliver(role: str, it: Trainers, content: Annotated[bytes, Depends(lambda request: request.body())]) -> dict:
+def deliver(role: str, it: Trainers, content: Annotated[bytes, Depends(body)]) -> dict:
     with it.lock:
         return {"version": it.engine.deliver(Adapter(role, content))}
 
