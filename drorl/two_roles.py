@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -59,7 +60,8 @@ class TwoRoleTrainer(AtomicCheckpoints):
                 groups[GENERATOR]["lr"] = self.args.generator_learning_rate
             self.optimizer = optimizer_cls(list(groups.values()), **kwargs)
         # The Trainer zeroes the gradients of `self.model` only; a separate generator is not part of it.
-        self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+        if not isinstance(self.optimizer, AcceleratedOptimizer):  # as it is when training goes on: it has the hook
+            self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:

@@ -112,6 +112,15 @@ def test_both_adapters_learn_on_a_base_that_stays(mode: dict[str, Any], make_tra
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
 
 
+def test_training_can_be_called_again(make_trainer: Make) -> None:
+    """A second `train()`, as in a notebook, goes on from the adapters as they are."""
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    before = adapter_state(trainer.model, SELECTOR)
+    trainer.train()
+    assert smallest_move(adapter_state(trainer.model, SELECTOR), before) > 1e-4
+
+
 @pytest.mark.parametrize("frozen", ROLES)
 def test_an_objective_of_none_freezes_the_role(frozen: str, make_trainer: Make) -> None:
     """With objective `none` that adapter stays bit-identical, weight decay notwithstanding; the other one learns."""

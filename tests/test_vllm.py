@@ -1,7 +1,7 @@
 """The real engine, in this process and in a server: `make test-vllm`. Without it: test_engines.py.
 
-The models are a random Llama of two layers and, where five updates are trained, the embedded SmolLM2-135M. Float32 on a
-CPU; vLLM and the trainer then differ by some 1e-5 nats, and 1e-3 is what is allowed.
+The models are a random Llama of two layers and, where five updates are trained, the embedded SmolLM2-135M. In float32
+on a CPU vLLM and the trainer differ by some 1e-5 nats; 1e-3 is what is allowed.
 """
 
 import contextlib
@@ -249,9 +249,8 @@ def smollm2_trainer(tmp_path: Path, rows: Rows, callbacks: list[TrainerCallback]
             tmp_path,
             model_init_kwargs={"dtype": "float32"},
             identifiers="title",
-            max_steps=5,
             learning_rate=1e-3,
-            **settings,
+            **({"max_steps": 5} | settings),
         ),
         train_dataset=rows(10, 6),
         callbacks=callbacks,
@@ -325,12 +324,8 @@ def test_a_trainer_and_its_server(tmp_path: Path, rows: Rows, base: Path) -> Non
     """
     model = str(build_smollm2())
     with serving(model, tmp_path / "first.log") as (url, process):
-        trainer = smollm2_trainer(
-            tmp_path / "run", rows, use_vllm=True, vllm_mode="server", vllm_server_base_url=url, vllm_server_timeout=3
-        )
-        trainer.train()
-        assert_parity(trainer)
-
+        served = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 3}
+        trainer = smollm2_trainer(tmp_path / "run", rows, max_steps=7, **served)
         with pytest.raises(EngineError, match="another base"):
             RemoteEngine(url, str(base), timeout=3)
         with pytest.raises(EngineError, match="a server samples for one trainer"):
@@ -344,19 +339,20 @@ def test_a_trainer_and_its_server(tmp_path: Path, rows: Rows, base: Path) -> Non
         assert taken.returncode != 0
         assert "choose another --port" in taken.stderr
 
-        # Killed while it samples: the trainer waits in vain, saves, and stops.
+        # Killed while it samples for the sixth update: the trainer waits in vain, saves, and stops.
         engine = trainer.sampler.engine
         asked = engine.next_token_logps
 
         def killed(*arguments: Any) -> Any:
-            os.killpg(process.pid, signal.SIGKILL)
+            if trainer.state.global_step == 5:
+                os.killpg(process.pid, signal.SIGKILL)
             return asked(*arguments)
 
         engine.next_token_logps = killed
-        trainer.args.max_steps = trainer.state.max_steps = 6
         with pytest.raises(EngineError, match="cannot be reached since .* The run is saved at step 5"):
             trainer.train()
         engine.next_token_logps = asked
+        assert_parity(trainer)
     assert (tmp_path / "run" / "checkpoint-5" / "selector").is_dir()
 
     # Started again, it knows nothing; the trainer that still runs brings its adapter once more.

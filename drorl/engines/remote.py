@@ -19,6 +19,7 @@ from .delivery import Adapter, base_fingerprint, base_folder
 
 logger = logging.get_logger(__name__)
 _RETRY_SECONDS = 1.0
+_TIMEOUTS = (5.0, 600.0)  # seconds, for a connection and for an answer
 _stderr = Console(stderr=True)
 
 
@@ -109,7 +110,7 @@ class RemoteEngine(Engine):
         try:
             while True:
                 try:
-                    response = self._session.request(method, url, timeout=self.timeout, **content)
+                    response = self._session.request(method, url, timeout=_TIMEOUTS, **content)
                     break
                 except requests.RequestException as error:
                     waited = time.monotonic() - start
