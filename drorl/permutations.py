@@ -200,20 +200,21 @@ class Slate:
         self.num_candidates = len(self.first_ids)
         self._check_prefix_free()
 
-    def _choice_ids(self, candidate: int, step: int) -> tuple[int, ...]:
+    def choice_ids(self, candidate: int, step: int) -> tuple[int, ...]:
+        """Returns the tokens by which a candidate is chosen at a step, its terminator included."""
         identifier = self.later_ids[candidate] if step else self.first_ids[candidate]
         return identifier + (self.end_ids if step == self.num_selected - 1 else self.separator_ids)
 
     def _check_prefix_free(self) -> None:
         for step in sorted({0, min(1, self.num_selected - 1), self.num_selected - 1}):
-            choices = sorted(self._choice_ids(i, step) for i in range(self.num_candidates))
+            choices = sorted(self.choice_ids(i, step) for i in range(self.num_candidates))
             for first, second in zip(choices, choices[1:], strict=False):
                 if second[: len(first)] == first:
                     raise ValueError(f"identifiers are not prefix-free as tokens: {first} begins {second}")
 
     def token_ids(self, permutation: Sequence[int]) -> tuple[int, ...]:
         """Returns the tokens of a (possibly unfinished) permutation, terminators included."""
-        return tuple(token for step, i in enumerate(permutation) for token in self._choice_ids(i, step))
+        return tuple(token for step, i in enumerate(permutation) for token in self.choice_ids(i, step))
 
     @property
     def max_length(self) -> int:
@@ -260,7 +261,7 @@ class Slate:
             path, candidates = pending.pop()
             branches: dict[int, list[int]] = {}
             for i in candidates:
-                branches.setdefault(self._choice_ids(i, step)[len(path)], []).append(i)
+                branches.setdefault(self.choice_ids(i, step)[len(path)], []).append(i)
             if len(branches) > 1:
                 yield start + path, branches
             pending.extend(((*path, token), group) for token, group in branches.items() if len(group) > 1)

@@ -1,11 +1,14 @@
 """vLLM in this process, and what it has in common with vLLM in a server."""
 
+import contextlib
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from .delivery import Adapter, base_folder
 logger = logging.get_logger(__name__)
 
 INSTALL = "vLLM is not installed: pip install 'drorl[vllm]', or on a machine without a GPU: make install-vllm"
+_RELOAD_LOG = "vllm.model_executor.model_loader.reload.layerwise"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of the adapters that vLLM has kernels for
 _MAX_ALLOWED = 128  # tokens whose log-probabilities one request may ask for
 
@@ -170,7 +174,8 @@ class LocalEngine(VLLMEngine):
         window (`int`, *optional*): `vllm_max_model_length`; default: the model's.
         memory (`float`): `vllm_gpu_memory_utilization`, the share of the GPU's memory that vLLM may take.
         native_lora (`bool`, *optional*): default: on a GPU.
-        seed (`int`): of sampled texts.
+        seed (`int`): of sampled texts that bring none.
+        **arguments: further arguments of `vllm.LLM`.
 
     Raises:
         EngineError: if vLLM is not installed, or does not start.
@@ -185,6 +190,7 @@ class LocalEngine(VLLMEngine):
         memory: float = 0.3,
         native_lora: bool | None = None,
         seed: int = 0,
+        **arguments: Any,
     ):
         settings = engine_settings(resolve_model(model), dtype, max_lora_rank, window, memory, native_lora)
         # In this process, so that weights are handed over without a file, and it dies with the trainer.
@@ -193,9 +199,11 @@ class LocalEngine(VLLMEngine):
             from vllm import LLM
         except ImportError as error:
             raise EngineError(INSTALL) from error
+        # Of what has no weights of its own, with every new adapter.
+        getLogger(_RELOAD_LOG).setLevel("ERROR")
         try:
-            with torch.random.fork_rng():  # the trainer's random numbers are its own
-                self.llm = LLM(**settings, seed=seed, disable_log_stats=True)
+            with torch.random.fork_rng(), _without_llvmlite():  # the trainer's random numbers are its own
+                self.llm = LLM(**{**settings, "seed": seed, "disable_log_stats": True, **arguments})
         except Exception as error:  # out of memory is a ValueError, a RuntimeError or torch's, depending on where
             raise start_error(error) from error
         config = self.llm.llm_engine.model_config
@@ -227,6 +235,18 @@ class LocalEngine(VLLMEngine):
         super().close()
 
 
+@contextlib.contextmanager
+def _without_llvmlite() -> Generator[None]:
+    """vLLM 0.31 on a CPU looks into everything that is imported, and trips over an object there (bm25s loads it)."""
+    name = "llvmlite.binding.ffi"
+    module = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if module is not None:
+            sys.modules[name] = module
+
+
 def engine_settings(
     model: str,
     dtype: torch.dtype,
@@ -256,6 +276,7 @@ def engine_settings(
         settings["gpu_memory_utilization"] = memory
     else:
         settings["enforce_eager"] = True  # compiling takes a minute, and products take the time
+        settings["enable_chunked_prefill"] = False  # with it vLLM 0.31 cannot seed a text on a CPU
     return settings
 
 
