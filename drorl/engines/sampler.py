@@ -1,6 +1,7 @@
 """Permutations drawn by an engine for the trainer, and the watch that it is the trainer's own policy which draws."""
 
 import importlib.util
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -48,7 +49,7 @@ def start_engine(config: DROConfig, pipeline: RAGPipeline, accelerator: Accelera
         from .remote import RemoteEngine
 
         url = config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
-        client = broadcast_object_list([f"{torch.seed():x}"])[0]  # one trainer, however many processes it has
+        client = broadcast_object_list([uuid.uuid4().hex[:12]])[0]  # one trainer, however many processes it has
         return RemoteEngine(url, base, config.vllm_server_timeout, client)
     from .vllm import LocalEngine
 
