@@ -36,6 +36,14 @@ class Scores:
     """(B, m): log p_s(z|x,d) under the current selector, nats."""
     proposal_logps: torch.Tensor
     """(B, m): log q(z) of the proposal that the sample was drawn from, nats; equal to `selector_logps` on-policy."""
+    rewards: torch.Tensor | None = None
+    """(B, m): what a policy gradient maximises; `None`: `generator_logps`. DRO's weights do not read it."""
+
+    @property
+    def valid_rewards(self) -> torch.Tensor:
+        """(B, m): the rewards, NaN for an invalid sample."""
+        rewards = self.generator_logps if self.rewards is None else self.rewards
+        return rewards.masked_fill(~self.valid, torch.nan)
 
     @property
     def log_ratio(self) -> torch.Tensor:
@@ -83,13 +91,12 @@ def dro_advantages(scores: Scores, weights: torch.Tensor, baseline: str = "none"
 
 
 def grpo_advantages(scores: Scores, weights: torch.Tensor, scale_rewards: str = "group", **_) -> torch.Tensor:
-    r"""Returns $(r_i - \bar r) / (\sigma_r + 10^{-4})$ with the answer's log-likelihood as reward r, `(B, m)`.
+    r"""Returns $(r_i - \bar r) / (\sigma_r + 10^{-4})$ of the rewards r of a query, `(B, m)`.
 
     As in TRL's `GRPOTrainer` (https://huggingface.co/papers/2402.03300, Eq. 3): unbiased standard deviation,
     `scale_rewards` in {`group`, `none`}. An invalid sample has advantage 0 and does not enter the statistics.
     """
-    rewards = scores.generator_logps.masked_fill(~scores.valid, torch.nan)
-    centred = rewards - rewards.nanmean(dim=-1, keepdim=True)
+    centred = scores.valid_rewards - scores.valid_rewards.nanmean(dim=-1, keepdim=True)
     if scale_rewards != "none":
         count = (~centred.isnan()).sum(dim=-1, keepdim=True)
         std = (centred.square().nansum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
@@ -99,16 +106,32 @@ def grpo_advantages(scores: Scores, weights: torch.Tensor, scale_rewards: str = 
 
 def rloo_advantages(scores: Scores, weights: torch.Tensor, **_) -> torch.Tensor:
     r"""Returns $r_i - \frac{1}{m-1} \sum_{j \ne i} r_j$, `(B, m)`; https://huggingface.co/papers/2402.14740, Eq. 6."""
-    rewards = scores.generator_logps.masked_fill(~scores.valid, torch.nan)
     count = scores.valid.sum(dim=-1, keepdim=True)
-    centred = rewards - rewards.nanmean(dim=-1, keepdim=True)
+    centred = scores.valid_rewards - scores.valid_rewards.nanmean(dim=-1, keepdim=True)
     return (centred * count / (count - 1).clamp(min=1)).nan_to_num(0.0)
+
+
+def reinforce_advantages(scores: Scores, weights: torch.Tensor, **_) -> torch.Tensor:
+    """Returns the rewards themselves, `(B, m)`: no baseline. Source: Williams, Machine Learning 8 (1992), Eq. 4."""
+    return scores.valid_rewards.nan_to_num(0.0)
+
+
+def pointwise_advantages(scores: Scores, weights: torch.Tensor, weight_temperature: float = 1.0, **_) -> torch.Tensor:
+    r"""Returns $\mathrm{softmax}_i\, \log p_g(y|x,d_i)/\tau$, `(B, m)`: each passage by itself, whatever the selector.
+
+    The target of REPLUG (https://huggingface.co/papers/2301.12652, Eq. 5) and of Atlas' perplexity distillation
+    (https://huggingface.co/papers/2208.03299, Eq. 2), for contexts of one passage, each candidate once. DRO's
+    posterior differs by the selector's prior: $w_i \propto p_s(i)\, p_g(y|x,d_i)$.
+    """
+    return importance_weights(log_importance_weights(scores.generator_logps, None, weight_temperature))
 
 
 ADVANTAGES: dict[str, Callable[..., torch.Tensor]] = {
     "dro": dro_advantages,
     "grpo": grpo_advantages,
     "rloo": rloo_advantages,
+    "reinforce": reinforce_advantages,
+    "pointwise": pointwise_advantages,
 }
 
 
@@ -130,7 +153,8 @@ def weigh(
     """
     log_weights = log_importance_weights(scores.generator_logps, scores.log_ratio, weight_temperature)
     weights = importance_weights(log_weights)
-    advantages = ADVANTAGES[selector_objective](scores, weights, baseline=baseline, scale_rewards=scale_rewards)
+    settings = {"baseline": baseline, "scale_rewards": scale_rewards, "weight_temperature": weight_temperature}
+    advantages = ADVANTAGES[selector_objective](scores, weights, **settings)
     return Weighting(weights, advantages, _diagnostics(scores, weights))
 
 
@@ -188,7 +212,7 @@ def clipped_surrogate_loss(
         token_logps (`torch.Tensor` of shape `(B, m, T)`): log-probabilities of decisions or tokens, with gradient.
         old_token_logps (`torch.Tensor` of shape `(B, m, T)`): the same when the permutations were drawn.
         mask (`torch.Tensor` of shape `(B, m, T)`): 1 where there is a decision or token.
-        advantages (`torch.Tensor` of shape `(B, m)`): constant.
+        advantages (`torch.Tensor` of shape `(B, m)` or `(B, m, T)`): constant; of permutations, or (PPO) of decisions.
         epsilon_low (`float`): the ratio is clipped from below at 1 - this.
         epsilon_high (`float`): and from above at 1 + this.
         loss_type (`str`): `grpo` (mean of each sequence, then of the sequences), `bnpo` and `dapo` (sum over tokens
@@ -203,7 +227,7 @@ def clipped_surrogate_loss(
     """
     mask = mask.to(token_logps.dtype)
     ratio = torch.exp(token_logps - old_token_logps)
-    advantages = advantages.detach()[..., None]
+    advantages = advantages.detach() if advantages.dim() == 3 else advantages.detach()[..., None]
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     losses = -torch.min(ratio * advantages, clipped * advantages) * mask
     if sampling_ratio is not None:

@@ -1,6 +1,7 @@
 """The losses against formulas written out in plain Python, and queries that have nothing to teach."""
 
 import math
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -85,7 +86,30 @@ def test_rloo_advantages_compare_with_the_mean_of_the_others() -> None:
     assert advantages.tolist() == pytest.approx([-3.0 + 4.0, 0.0, -1.0 + 5.0, -7.0 + 2.0])
 
 
-@pytest.mark.parametrize("objective", list(ADVANTAGES))
+def test_reinforce_has_no_baseline() -> None:
+    """The advantage is the reward, 0 for an invalid sample."""
+    assert weigh(scores([[-3.0, math.nan, -1.0]]), "reinforce").advantages[0].tolist() == [-3.0, 0.0, -1.0]
+
+
+def test_a_policy_gradient_maximises_the_reward_and_dro_the_likelihood() -> None:
+    """With rewards of their own the estimators read them where a sample is valid; DRO's weights stay what they are."""
+    plain, own = scores([[-3.0, -INF, -1.0, -7.0]]), torch.tensor([[1.0, 9.0, 0.0, 0.5]], dtype=torch.float64)
+    rewarded = replace(plain, rewards=own)
+    assert weigh(rewarded, "reinforce").advantages[0].tolist() == [1.0, 0.0, 0.0, 0.5]
+    assert weigh(rewarded, "rloo").advantages[0].tolist() == pytest.approx([0.75, 0.0, -0.75, 0.0])
+    assert weigh(rewarded, "grpo", scale_rewards="none").advantages[0].tolist() == pytest.approx([0.5, 0, -0.5, 0])
+    torch.testing.assert_close(weigh(rewarded).advantages, weigh(plain).advantages, rtol=0, atol=0)
+
+
+def test_pointwise_weights_ignore_the_selector() -> None:
+    """softmax of the log-likelihoods, tempered, where DRO's weights have p_s/q too: REPLUG, Eq. 5."""
+    made = scores([[-1.0, -2.0, -4.0]], [[3.0, 0.0, -1.0]])
+    tempered = weigh(made, "pointwise", weight_temperature=2.0).advantages
+    torch.testing.assert_close(tempered, torch.softmax(made.generator_logps / 2, dim=1))
+    assert not torch.allclose(tempered, weigh(made, weight_temperature=2.0).advantages, atol=0.1)
+
+
+@pytest.mark.parametrize("objective", ["dro", "grpo", "rloo"])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 def test_one_valid_sample_has_nothing_to_be_compared_with(objective: str, baseline: str) -> None:
     """With one valid sample every baseline is that sample itself: advantage 0, and no division by zero."""

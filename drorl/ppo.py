@@ -1,0 +1,89 @@
+r"""What PPO needs beside a clipped ratio: a critic, and advantages and losses made of its values.
+
+The selector's K decisions are an episode: the state is the prompt with the passages chosen so far, the action the next
+passage, and the reward comes with the last one. A KL penalty towards the reference makes each decision cost
+$\beta\,(\log p_s - \log p_\text{ref})$ as in InstructGPT. GRPO and RLOO compare the samples of a query instead, and
+need no critic; the clipped ratio is the same ([`~losses.clipped_surrogate_loss`]).
+
+Sources: Schulman et al., https://huggingface.co/papers/1506.02438 (GAE) and https://huggingface.co/papers/1707.06347
+(PPO); Ouyang et al., https://huggingface.co/papers/2203.02155, for the reward with KL.
+
+Shapes: B queries, m permutations of each, T decisions of a permutation.
+"""
+
+import torch
+
+
+def episode_rewards(rewards: torch.Tensor, mask: torch.Tensor, penalties: torch.Tensor | float = 0.0) -> torch.Tensor:
+    r"""Returns the reward of each decision, `(B, m, T)`: minus its penalty, and the permutation's reward at the end.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, m)`): of the permutation.
+        mask (`torch.Tensor` of shape `(B, m, T)`): 1 where there is a decision; the first ones of each permutation.
+        penalties (`torch.Tensor` of shape `(B, m, T)` or `float`): $\beta\,(\log p_s - \log p_\text{ref})$.
+    """
+    mask = mask.to(rewards.dtype)
+    is_last = mask * (mask.flip(-1).cumsum(-1).flip(-1) == 1)
+    return is_last * rewards[..., None] - mask * penalties
+
+
+def generalized_advantages(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> torch.Tensor:
+    r"""Returns GAE's advantages of each decision, `(B, m, T)`; add `values` for the critic's targets.
+
+    $$A_t = \sum_{l \ge 0} (\gamma\lambda)^l \delta_{t+l}, \qquad \delta_t = r_t + \gamma V_{t+1} - V_t$$
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, m, T)`): of each decision, see [`episode_rewards`].
+        values (`torch.Tensor` of shape `(B, m, T)`): the critic's value of the state before each decision; behind the
+            last one there is none.
+        mask (`torch.Tensor` of shape `(B, m, T)`): 1 where there is a decision.
+        gamma (`float`): discount; 1, because an episode has K decisions and no more.
+        lam (`float`): 1 takes what followed for the return, 0 what the critic says of the next state. TRL's default.
+
+    Source: https://huggingface.co/papers/1506.02438, Eq. 16. With lambda = 1 and V = 0 it is the return:
+
+    >>> ones, zeros = torch.ones(1, 1, 3), torch.zeros(1, 1, 3)
+    >>> generalized_advantages(episode_rewards(torch.tensor([[2.0]]), ones), zeros, ones, lam=1.0)
+    tensor([[[2., 2., 2.]]])
+    """
+    mask = mask.to(values.dtype)
+    values = values * mask
+    following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], dim=-1)
+    deltas = (rewards + gamma * following - values) * mask
+    advantages, last = [], torch.zeros_like(deltas[..., 0])
+    for t in reversed(range(deltas.shape[-1])):
+        last = deltas[..., t] + gamma * lam * last
+        advantages.append(last)
+    return torch.stack(advantages[::-1], dim=-1) * mask
+
+
+def whiten(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns advantages with mean 0 and variance 1 over all decisions of the batch, 0 elsewhere."""
+    mask = mask.to(advantages.dtype)
+    count = mask.sum().clamp(min=1)
+    centred = (advantages - (advantages * mask).sum() / count) * mask
+    return centred * torch.rsqrt(centred.square().sum() / count + 1e-8)
+
+
+def clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip: float = 0.2
+) -> torch.Tensor:
+    r"""Returns the critic's loss, a scalar: a squared error from which a step beyond `clip` gains nothing.
+
+    $$\tfrac12 \max\big[(V - R)^2, (\mathrm{clip}(V, V_\text{old} - c, V_\text{old} + c) - R)^2\big]$$
+
+    averaged over decisions. As in TRL's last `PPOTrainer`.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, m, T)`): the critic's, with gradient.
+        old_values (`torch.Tensor` of shape `(B, m, T)`): when the permutations were drawn.
+        returns (`torch.Tensor` of shape `(B, m, T)`): advantages plus `old_values`.
+        mask (`torch.Tensor` of shape `(B, m, T)`): 1 where there is a decision.
+        clip (`float`): in the unit of the reward.
+    """
+    mask = mask.to(values.dtype)
+    clipped = torch.clamp(values, old_values - clip, old_values + clip)
+    errors = torch.max((values - returns).square(), (clipped - returns).square())
+    return 0.5 * (errors * mask).sum() / mask.sum().clamp(min=1)
