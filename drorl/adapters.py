@@ -19,6 +19,8 @@ from .models import load_model_and_tokenizer
 
 SELECTOR, GENERATOR = "selector", "generator"
 ROLES = (SELECTOR, GENERATOR)
+REFERENCE = "reference"
+"""The selector as it was when training began, for a KL penalty; no role: it is neither trained nor part of a run."""
 
 
 def add_adapters(base: PreTrainedModel, config: LoraConfig, roles: tuple[str, ...] = ROLES) -> PeftModel:
@@ -82,8 +84,18 @@ def activate(model: PeftModel, role: str) -> None:
     if role not in model.peft_config:
         raise ValueError(f"the model has no adapter {role!r}; it has {', '.join(map(repr, model.peft_config))}")
     if model.active_adapter != role:
-        model.set_adapter(role)
+        model.set_adapter(role, inference_mode=role not in ROLES)
     model.base_model.set_requires_grad(list(trainable_roles(model)))
+
+
+def remember_selector(model: PeftModel) -> None:
+    """Makes the adapter `reference` a copy of `selector`; there is none yet, or an earlier one is replaced."""
+    if REFERENCE not in model.peft_config:
+        model.add_adapter(REFERENCE, copy.deepcopy(model.peft_config[SELECTOR]))
+    sources = adapter_parameters(model, SELECTOR)
+    for name, parameter in adapter_parameters(model, REFERENCE).items():
+        parameter.data.copy_(sources[name.replace(f".{REFERENCE}.", f".{SELECTOR}.")].data)
+        parameter.requires_grad_(False)
 
 
 def adapter_parameters(model: nn.Module, role: str) -> dict[str, nn.Parameter]:
@@ -91,7 +103,7 @@ def adapter_parameters(model: nn.Module, role: str) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if f".{role}." in name}
 
 
-def load_adapter_weights(model: PeftModel, directory: str, role: str) -> None:
+def load_adapter_weights(model: PeftModel, directory: str | Path, role: str) -> None:
     """Copies saved weights into the existing adapter of `role`, which keeps its place in the optimizer.
 
     Raises:

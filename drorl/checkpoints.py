@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from .adapters import ROLES, load_adapter_weights
+from .adapters import REFERENCE, ROLES, SELECTOR, load_adapter_weights, remember_selector
 from .errors import UserError
 from .pipeline import RAGPipeline
+
+CRITIC_FILE = "critic.safetensors"
 
 
 class ResumableSampler(RepeatSampler):
@@ -77,13 +80,31 @@ class AtomicCheckpoints(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self.pipeline.save_pretrained(output_dir or self.args.output_dir, state_dict)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any) -> TrainOutput:
+        """As in `transformers.Trainer`; a KL penalty is towards the selector as it is now, or was when a run began."""
+        if self.beta:
+            remember_selector(self.pipeline.owner(SELECTOR))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load_adapters(resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
+        if self.beta and (folder / REFERENCE).is_dir():
+            load_adapter_weights(self.pipeline.owner(SELECTOR), folder / REFERENCE, REFERENCE)
+        if self.pipeline.critic is not None and (folder / CRITIC_FILE).is_file():
+            self.pipeline.critic.load_state_dict(load_file(folder / CRITIC_FILE))
 
     def load_adapters(self, directory: str | Path) -> None:
         """Copies both adapters from a checkpoint or a saved model into the ones being trained."""
         for role in ROLES:
             load_adapter_weights(self.pipeline.owner(role), os.path.join(directory, role), role)
+
+    def _save_helpers(self, folder: Path) -> None:
+        """Saves what training needs beside the two adapters: PPO's critic, the reference of a KL penalty."""
+        if self.beta:
+            self.pipeline.owner(SELECTOR).save_pretrained(folder, selected_adapters=[REFERENCE])
+        if self.pipeline.critic is not None:
+            save_file(self.pipeline.critic.state_dict(), folder / CRITIC_FILE)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -114,6 +135,8 @@ class AtomicCheckpoints(GRPOTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(run_dir)
+        if self.args.should_save:
+            self._save_helpers(staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.args.should_save:
             publish_checkpoint(staging, run_dir, self.state, self.args.save_total_limit)

@@ -8,10 +8,10 @@ from trl import GRPOConfig
 from .settings import DROSettings
 
 SCALES = ("group", "none")
+POLICY_GRADIENTS = ("grpo", "rloo", "reinforce", "ppo")
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
 # Settings of TRL that drorl does not read: another value than this one is refused rather than ignored.
 FIXED = {
-    "beta": 0.0,
     "importance_sampling_level": "token",
     "top_entropy_quantile": 1.0,
     "mask_truncated_completions": False,
@@ -88,7 +88,13 @@ class DROConfig(DROSettings, GRPOConfig):
 
     Parameters that control the M-step
 
-        selector_objective (`str`, *optional*, defaults to `"dro"`): `dro`, `grpo`, `rloo` or `none` (frozen selector).
+        selector_objective (`str`, *optional*, defaults to `"dro"`): `dro`; `grpo`, `rloo`, `reinforce` and `ppo`,
+            which maximise `reward`; `pointwise` (each passage weighed by itself, K = 1); or `none` (frozen selector).
+            `grpo` and `ppo` read TRL's `epsilon`, `epsilon_high`, `num_iterations` (epochs over the same permutations)
+            and `beta` (KL to the selector as it was when training began).
+        reward (`str`, *optional*, defaults to `"log_likelihood"`): of the gold answer, nats; its `"likelihood"`; or
+            `"f1"` of the generator's greedy answer.
+        vf_coef (`float`, *optional*, defaults to `0.1`): weight of the critic's loss in `ppo`.
         generator_objective (`str`, *optional*, defaults to `"dro"`): `dro`, `sft` (gold answer from the retriever's
             first K passages) or `none` (frozen generator).
         baseline (`str`, *optional*, defaults to `"none"`): `none` (paper), `mean` (lowers the
@@ -152,6 +158,22 @@ class DROConfig(DROSettings, GRPOConfig):
                 "setting; set selector_temperature only"
             )
 
+    def _check_objective(self) -> None:
+        objective = self.selector_objective
+        if self.reward != "log_likelihood" and objective not in POLICY_GRADIENTS:
+            raise ValueError(f"reward={self.reward!r} is for {', '.join(POLICY_GRADIENTS)}: {objective!r} reads none")
+        if self.beta != 0 and objective not in ("grpo", "ppo"):
+            raise ValueError(f"beta={self.beta} is a KL penalty of grpo and ppo: leave it at 0 with {objective!r}")
+        if objective == "ppo" and not self.constrained:
+            raise ValueError(
+                "selector_objective='ppo' values the state before each decision: it needs constrained=True"
+            )
+        if objective == "pointwise" and (self.num_selected > 1 or self.proposal != "first_choices"):
+            raise ValueError(
+                "selector_objective='pointwise' weighs each candidate by itself: it needs num_selected=1 and "
+                "proposal='first_choices'"
+            )
+
     def _check_combinations(self) -> None:
         if self.selector_objective == "none" and self.generator_objective == "none":
             raise ValueError("selector_objective and generator_objective are both 'none': there is nothing to train")
@@ -160,6 +182,7 @@ class DROConfig(DROSettings, GRPOConfig):
                 "a baseline (and the objectives grpo and rloo) compares the samples of a query, so it needs "
                 "num_generations >= 2; use baseline='none' with selector_objective='dro' for num_generations=1"
             )
+        self._check_objective()
         if self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
                 f"per_device_train_batch_size ({self.per_device_train_batch_size}) counts permutations and must be a "
@@ -173,7 +196,7 @@ class DROConfig(DROSettings, GRPOConfig):
         if self.proposal == "retriever" and self.num_generations != 1:
             raise ValueError("proposal='retriever' has one permutation per query: set num_generations=1")
         on_policy = self.proposal == "policy" and self.proposal_temperature == 1.0
-        if self.selector_objective in ("grpo", "rloo") and not on_policy:
+        if self.selector_objective in POLICY_GRADIENTS and not on_policy:
             raise ValueError(
                 f"selector_objective={self.selector_objective!r} has no weights to correct for another proposal: it "
                 "needs proposal='policy' and proposal_temperature=1"

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .backends import backend_of
+from .ppo import ValueHead
 from .states import TreeStates
 
 
@@ -30,10 +31,17 @@ class PromptStates(TreeStates):
         model (`nn.Module`): see [`TreeStates`].
         prompts (`list` of B token sequences): none is empty.
         keep (`bool`): keeps what a question has encoded for the next one, which otherwise encodes the prompts again.
+        critic ([`~ppo.ValueHead`], *optional*): see [`TreeStates`].
     """
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], keep: bool = True):
-        super().__init__(model, backend_of(model), keep)
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        keep: bool = True,
+        critic: ValueHead | None = None,
+    ):
+        super().__init__(model, backend_of(model), keep, critic)
         self._ends = [self.tree.add(prompt)[-1] for prompt in prompts]
 
     def logits_after(self, branches: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:

@@ -70,6 +70,8 @@ class Weighting:
 
     importance_weights: torch.Tensor
     advantages: torch.Tensor
+    rewards: torch.Tensor
+    """NaN for an invalid sample."""
     metrics: dict[str, torch.Tensor]
 
 
@@ -133,6 +135,8 @@ ADVANTAGES: dict[str, Callable[..., torch.Tensor]] = {
     "reinforce": reinforce_advantages,
     "pointwise": pointwise_advantages,
 }
+WEIGHTED = ("dro", "pointwise")
+"""Those whose loss is a weighted likelihood; the others' is a clipped surrogate."""
 
 
 def weigh(
@@ -155,7 +159,7 @@ def weigh(
     weights = importance_weights(log_weights)
     settings = {"baseline": baseline, "scale_rewards": scale_rewards, "weight_temperature": weight_temperature}
     advantages = ADVANTAGES[selector_objective](scores, weights, **settings)
-    return Weighting(weights, advantages, _diagnostics(scores, weights))
+    return Weighting(weights, advantages, scores.valid_rewards, _diagnostics(scores, weights))
 
 
 def _diagnostics(scores: Scores, weights: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -167,6 +171,7 @@ def _diagnostics(scores: Scores, weights: torch.Tensor) -> dict[str, torch.Tenso
         "frac_degenerate_weights": frac_degenerate_weights(weights),
         "iw_elbo": _mean(bound, scored),
         "generator/logps": _mean(scores.generator_logps, scores.valid),
+        "reward": _mean(scores.valid_rewards, scores.valid),
         "frac_skipped_queries": 1 - scored.float().mean(),
     }
 
@@ -203,10 +208,13 @@ def clipped_surrogate_loss(
     num_items: torch.Tensor | float | None = None,
     max_completion_length: int = 1,
     sampling_ratio: torch.Tensor | None = None,
+    reference_logps: torch.Tensor | None = None,
+    beta: float = 0.0,
 ) -> LossOutput:
     r"""Returns GRPO's clipped surrogate, reduced as `loss_type` says.
 
-    $$-\min(\rho_t A, \mathrm{clip}(\rho_t, 1 - \epsilon_l, 1 + \epsilon_h) A)$$
+    $$-\min(\rho_t A, \mathrm{clip}(\rho_t, 1 - \epsilon_l, 1 + \epsilon_h) A)
+      + \beta \left(\tfrac{p_\text{ref}}{p_s} - \log \tfrac{p_\text{ref}}{p_s} - 1\right)$$
 
     Args:
         token_logps (`torch.Tensor` of shape `(B, m, T)`): log-probabilities of decisions or tokens, with gradient.
@@ -222,6 +230,8 @@ def clipped_surrogate_loss(
         max_completion_length (`int`): for `dr_grpo`.
         sampling_ratio (`torch.Tensor` of shape `(B, m, T)` or `(B, m, 1)`, *optional*): p_s/q of each token for an
             engine's q, see [`~weights.log_sampling_ratio`]; constant.
+        reference_logps (`torch.Tensor` of shape `(B, m, T)`, *optional*): log p_ref; needed unless `beta` is 0.
+        beta (`float`): of the KL penalty, the estimator that is never negative (Eq. 4).
 
     Source: https://huggingface.co/papers/2402.03300, Eq. 3; tests compare it with `trl.GRPOTrainer` step for step.
     """
@@ -232,7 +242,12 @@ def clipped_surrogate_loss(
     losses = -torch.min(ratio * advantages, clipped * advantages) * mask
     if sampling_ratio is not None:
         losses = losses * sampling_ratio
-    tokens = mask.sum()
+    tokens, metrics = mask.sum(), {}
+    if reference_logps is not None:
+        gap = (reference_logps - token_logps).masked_fill(mask == 0, 0.0)
+        kl = gap.exp() - gap - 1
+        losses = losses + beta * kl
+        metrics["kl"] = kl.sum().detach() / tokens.clamp(min=1)
     if loss_type == "grpo":
         loss = (losses.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)).mean()
     elif loss_type in ("bnpo", "dapo"):
@@ -242,4 +257,5 @@ def clipped_surrogate_loss(
     else:
         raise ValueError(f"loss_type must be one of grpo, bnpo, dapo, dr_grpo, not {loss_type!r}")
     is_clipped = ((ratio < 1 - epsilon_low) & (advantages < 0)) | ((ratio > 1 + epsilon_high) & (advantages > 0))
-    return LossOutput(loss, {"clip_ratio/region_mean": (is_clipped * mask).sum().detach() / tokens.clamp(min=1)})
+    metrics["clip_ratio/region_mean"] = (is_clipped * mask).sum().detach() / tokens.clamp(min=1)
+    return LossOutput(loss, metrics)

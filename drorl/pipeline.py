@@ -20,6 +20,7 @@ from .adapters import GENERATOR, SELECTOR, activate, adapter_parameters, trainab
 from .data.rows import RowError
 from .models import load_model_and_tokenizer
 from .policy import Decisions, Drawing, SelectorPolicy
+from .ppo import ValueHead
 from .prompts import PromptBuilder, PromptTooLongError, SelectorPrompt
 from .settings import PipelineSettings
 
@@ -66,6 +67,7 @@ class RAGPipeline:
         self.model = model
         self.generator_model = generator_model
         self.models = [model] if generator_model is None else [model, generator_model]
+        self.critic: ValueHead | None = None  # PPO's, which a trainer brings
         self._describe(tokenizer, generator_tokenizer or tokenizer, settings)
         self.prompts = self._builder(_window(model), tokenizer)
         self.generator_prompts = self.prompts
@@ -213,9 +215,9 @@ class RAGPipeline:
         """Returns the selector's decisions over each query's candidates as shown; see [`~policy.Decisions`]."""
         return self.decide([self.prompts.selector(*pair) for pair in zip(queries, shown, strict=True)], keep)
 
-    def decide(self, prompts: Sequence[SelectorPrompt], keep: bool = True) -> Drawing:
-        """Returns the selector's decisions after rendered prompts; see [`~policy.Decisions`]."""
-        return Decisions(self.policy, self.role(SELECTOR), prompts, keep)
+    def decide(self, prompts: Sequence[SelectorPrompt], keep: bool = True, role: str = SELECTOR) -> Drawing:
+        """Returns the decisions of the selector, or of another adapter, after prompts; see [`~policy.Decisions`]."""
+        return Decisions(self.policy, self.role(role), prompts, keep, self.critic)
 
     def select(self, query: str, candidates: Sequence[Passage], k: int | None = None) -> list[RankedPassage]:
         """Returns the passages of the most likely permutation, best first, each with its log-probability.

@@ -23,6 +23,7 @@ from torch import nn
 
 from .likelihood import PromptStates
 from .permutations import DecisionTable, Permutation, prefixes_of
+from .ppo import ValueHead
 from .prompts import SelectorPrompt
 
 Prefixes = Sequence[Permutation]
@@ -130,6 +131,13 @@ class Drawing(ABC):
         prefixes = [prefixes_of(drawn) for drawn in permutations]
         return [gather_decisions(*query) for query in zip(self.logps(prefixes), prefixes, permutations, strict=True)]
 
+    def values(self, permutations: Sequence[Sequence[Permutation]]) -> torch.Tensor | None:
+        """Returns a critic's value of the state before each decision of permutations, `(B, m, K)`; `None`: no critic.
+
+        The decisions have been asked for before.
+        """
+        return None
+
     def sample(
         self,
         num_generations: int,
@@ -182,11 +190,21 @@ class Decisions(Drawing):
         model (`nn.Module`): the selector, its adapter active.
         prompts (`list` of B [`~prompts.SelectorPrompt`]): prompts and slates.
         keep (`bool`): keeps the prompts' states for more than one question; see [`~likelihood.PromptStates`].
+        critic ([`~ppo.ValueHead`], *optional*): values the state before each decision that is asked for.
     """
 
-    def __init__(self, policy: SelectorPolicy, model: nn.Module, prompts: Sequence[SelectorPrompt], keep: bool = True):
+    def __init__(
+        self,
+        policy: SelectorPolicy,
+        model: nn.Module,
+        prompts: Sequence[SelectorPrompt],
+        keep: bool = True,
+        critic: ValueHead | None = None,
+    ):
         super().__init__(policy, prompts)
-        self._states = PromptStates(model, [prompt.ids for prompt in prompts], keep)
+        self._critic = critic
+        self._values: list[dict[Permutation, torch.Tensor]] = [{} for _ in prompts]
+        self._states = PromptStates(model, [prompt.ids for prompt in prompts], keep, critic)
         self._drawing: PromptStates | None = None
         # Every permutation passes through the first decision, so it is made in the prompts' own pass.
         self._first: list[torch.Tensor] | None = None
@@ -203,8 +221,12 @@ class Decisions(Drawing):
         """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query, from one pass over the branches."""
         tables = self.tables(prefixes)
         branches = [(query, context) for query, table in enumerate(tables) for context in table.contexts]
+        valued = [] if self._critic is None else [(q, prefix) for q, t in enumerate(tables) for prefix in t.prefixes]
+        before = [(query, self.prompts[query].slate.token_ids(prefix)) for query, prefix in valued]
         # Where everything is forced there is nothing to ask, but a loss of it is to have a graph.
-        logits = states.logits_after(branches or [(0, ())])
+        logits = states.logits_after([*branches, *before] or [(0, ())])
+        for (query, prefix), value in zip(valued, logits[len(branches) :, -1], strict=self._critic is not None):
+            self._values[query][prefix] = value
         sizes = [len(table.contexts) for table in tables]
         parts = logits[: sum(sizes)].split(sizes)
         return [
@@ -225,6 +247,17 @@ class Decisions(Drawing):
         prefixes = [prefixes_of(drawn) for drawn in permutations]
         pairs = zip(self._with_gradient(prefixes), prefixes, permutations, strict=True)
         return [gather_decisions(*query) for query in pairs]
+
+    def values(self, permutations: Sequence[Sequence[Permutation]]) -> torch.Tensor | None:
+        """The critic's, with gradient after `permutation_logps` with gradient."""
+        if self._critic is None:
+            return None
+        return torch.stack(
+            [
+                torch.stack([torch.stack([known[z[:t]] for t in range(len(z))]) for z in drawn])
+                for known, drawn in zip(self._values, permutations, strict=True)
+            ]
+        )
 
     def _with_gradient(self, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
         """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query; the first of its `prefixes` is `()`."""

@@ -11,7 +11,40 @@ Sources: Schulman et al., https://huggingface.co/papers/1506.02438 (GAE) and htt
 Shapes: B queries, m permutations of each, T decisions of a permutation.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import nn
+
+from .losses import LossOutput, clipped_surrogate_loss
+
+
+class ValueHead(nn.Module):
+    """The critic: a linear map of the selector's last hidden states, which train it and the selector's adapter alike.
+
+    Args:
+        hidden_size (`int`): of the selector's model.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)  # in float32, whatever the model computes in
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    @contextmanager
+    def reading(self, head: nn.Module) -> Generator[list[torch.Tensor]]:
+        """Yields a list that gets the values `(..., 1)` of the states which a language model's `head` is given."""
+        values: list[torch.Tensor] = []
+        hook = head.register_forward_pre_hook(
+            lambda _, inputs: values.append(self.linear(inputs[0].to(self.linear.weight.dtype)))
+        )
+        try:
+            yield values
+        finally:
+            hook.remove()
 
 
 def episode_rewards(rewards: torch.Tensor, mask: torch.Tensor, penalties: torch.Tensor | float = 0.0) -> torch.Tensor:
@@ -87,3 +120,43 @@ def clipped_value_loss(
     clipped = torch.clamp(values, old_values - clip, old_values + clip)
     errors = torch.max((values - returns).square(), (clipped - returns).square())
     return 0.5 * (errors * mask).sum() / mask.sum().clamp(min=1)
+
+
+def ppo_loss(
+    logps: torch.Tensor,
+    values: torch.Tensor,
+    old_logps: torch.Tensor,
+    old_values: torch.Tensor,
+    rewards: torch.Tensor,
+    mask: torch.Tensor,
+    reference_logps: torch.Tensor | None = None,
+    beta: float = 0.0,
+    vf_coef: float = 0.1,
+    lam: float = 0.95,
+    clip: float = 0.2,
+    **surrogate: Any,
+) -> LossOutput:
+    r"""Returns PPO's loss: the clipped surrogate of whitened advantages, and `vf_coef` times the critic's loss.
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, m, T)`): log p_s of each decision, with gradient.
+        values (`torch.Tensor` of shape `(B, m, T)`): the critic's, with gradient.
+        old_logps (`torch.Tensor` of shape `(B, m, T)`): log p_s when the permutations were drawn.
+        old_values (`torch.Tensor` of shape `(B, m, T)`): the critic's then.
+        rewards (`torch.Tensor` of shape `(B, m)`): NaN for a permutation that does not take part.
+        mask (`torch.Tensor` of shape `(B, m, T)`, bool): where there is a decision.
+        reference_logps (`torch.Tensor` of shape `(B, m, T)`, *optional*): log p_ref; needed unless `beta` is 0.
+        beta (`float`): of the KL penalty.
+        vf_coef (`float`): weight of the critic's loss; TRL's default.
+        lam (`float`): see [`generalized_advantages`].
+        clip (`float`): see [`clipped_value_loss`].
+        **surrogate: of [`~losses.clipped_surrogate_loss`].
+    """
+    mask = mask & rewards.isfinite()[..., None]
+    logps, values, old_logps, old_values = (t.masked_fill(~mask, 0.0) for t in (logps, values, old_logps, old_values))
+    penalties = 0.0 if reference_logps is None else beta * (old_logps - reference_logps.masked_fill(~mask, 0.0))
+    steps = episode_rewards(rewards.nan_to_num(0.0), mask, penalties)
+    advantages = generalized_advantages(steps, old_values, mask, lam=lam)
+    policy = clipped_surrogate_loss(logps, old_logps, mask, whiten(advantages, mask), **surrogate)
+    value = clipped_value_loss(values, old_values, advantages + old_values, mask, clip)
+    return LossOutput(policy.loss + vf_coef * value, {**policy.metrics, "critic/loss": value.detach()})

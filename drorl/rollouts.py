@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from trl.trainer.utils import pad
 
-from .adapters import GENERATOR, SELECTOR
+from .adapters import GENERATOR, REFERENCE, SELECTOR
 from .answers import answer_logps, scored_answers
 from .config import DROConfig
 from .errors import InvalidInputError
 from .likelihood import sequence_logps
+from .metrics import f1
 from .permutations import Permutation, parse_permutation, prefixes_of
 from .pipeline import Passage, RAGPipeline
 from .policy import Drawing
@@ -53,6 +54,10 @@ class Rollout:
     """(m, T): log q of each decision or token, nats; `None`: the selector's own."""
     old_selector_logps: torch.Tensor | None = None
     """(m, T): log p_s when the permutations were drawn, nats; `None`: as it is in the M-step."""
+    old_values: torch.Tensor | None = None
+    """(m, T): the critic's values then; `None`: as they are in the M-step, or there is no critic."""
+    reference_logps: torch.Tensor | None = None
+    """(m, T): log p_ref of the selector as it was when training began, nats; `None`: nothing asks for it."""
     valid_rate: float = 1.0
     """Share of the samples that needed no repair; 1 by construction when constrained."""
     sampling_logps: torch.Tensor | None = None
@@ -99,6 +104,8 @@ class SelectorScores:
     token_logps: torch.Tensor
     """(B, m, T): log p_s of each decision or token, nats; `-inf` in the padding."""
     metrics: dict[str, torch.Tensor]
+    values: torch.Tensor | None = None
+    """(B, m, T): the critic's values of the states before each decision, if there is a critic."""
 
 
 def batches(rollouts: Sequence[Rollout], limit: int | None) -> Iterator[list[Rollout]]:
@@ -150,7 +157,9 @@ def draw_rollouts(
         every_first_choice = config.proposal == "first_choices"
         generators = [torch.Generator().manual_seed(question.seed) for question in questions]
         sampled = decisions.sample(config.num_generations, config.proposal_temperature, every_first_choice, generators)
-        drawn = [vars(draw) for draw in sampled]
+        values = decisions.values([draw.permutations for draw in sampled])
+        olds = [None] * len(sampled) if values is None else values.detach()
+        drawn = [{**vars(draw), "old_values": old} for draw, old in zip(sampled, olds, strict=True)]
     triples = zip(questions, decisions.prompts, drawn, strict=True)
     return [_rollout(pipeline, config, question, prompt, **draw) for question, prompt, draw in triples], decisions
 
@@ -168,15 +177,32 @@ def read_rollout(
 
 def remember(pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Returns rollouts with how likely they are under the selector as it is; free texts were drawn from it."""
-    logps = score_selector(pipeline, config, rollouts).token_logps
+    scores = score_selector(pipeline, config, rollouts)
+    values = [None] * len(rollouts) if scores.values is None else scores.values
     return [
-        replace(r, old_selector_logps=old, proposal_logps=old if r.proposal_logps is None else r.proposal_logps)
-        for r, old in zip(rollouts, logps, strict=True)
+        replace(
+            r,
+            old_selector_logps=old,
+            old_values=value,
+            proposal_logps=old if r.proposal_logps is None else r.proposal_logps,
+        )
+        for r, old, value in zip(rollouts, scores.token_logps, values, strict=True)
     ]
 
 
+@torch.no_grad()
+def compare_with_reference(pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Returns rollouts with how likely they are under the adapter `reference`."""
+    logps = score_selector(pipeline, config, rollouts, role=REFERENCE).token_logps
+    return [replace(r, reference_logps=of) for r, of in zip(rollouts, logps, strict=True)]
+
+
 def score_selector(
-    pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout], decisions: Drawing | None = None
+    pipeline: RAGPipeline,
+    config: DROConfig,
+    rollouts: Sequence[Rollout],
+    decisions: Drawing | None = None,
+    role: str = SELECTOR,
 ) -> SelectorScores:
     """Returns log p_s of each decision or token, with gradient where that is enabled; `-inf` where a text has ended.
 
@@ -185,15 +211,18 @@ def score_selector(
         config ([`DROConfig`]): the temperature of free text.
         rollouts (`list` of B [`Rollout`]): all constrained, or all free text.
         decisions ([`~policy.Drawing`], *optional*): what the rollouts were drawn from, to use its states again.
+        role (`str`): the adapter that is asked.
     """
     if rollouts[0].completion_ids is not None:
         pairs = [(r.prompt.ids, tokens) for r in rollouts for tokens in r.completion_ids or []]
-        tokens = iter(sequence_logps(pipeline.role(SELECTOR), pairs, config.selector_temperature))
+        tokens = iter(sequence_logps(pipeline.role(role), pairs, config.selector_temperature))
         texts = [stack([next(tokens) for _ in r.permutations]) for r in rollouts]
         return SelectorScores(stack(texts), {})
-    decisions = decisions or pipeline.decide([r.prompt for r in rollouts], keep=False)
-    logps, entropies = zip(*decisions.permutation_logps([r.drawn for r in rollouts]), strict=True)
-    return SelectorScores(stack(logps), {"selector/entropy": torch.stack([e.mean() for e in entropies]).mean()})
+    decisions = decisions or pipeline.decide([r.prompt for r in rollouts], keep=False, role=role)
+    drawn = [r.drawn for r in rollouts]
+    logps, entropies = zip(*decisions.permutation_logps(drawn), strict=True)
+    metrics = {"selector/entropy": torch.stack([e.mean() for e in entropies]).mean()}
+    return SelectorScores(stack(logps), metrics, decisions.values(drawn))
 
 
 def answer_logps_of(
@@ -237,10 +266,16 @@ def stack(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     return pad(list(rows), padding_value=-torch.inf)
 
 
+def stacked(rows: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Stacks one `(m', T')` per query into `(B, m, T)`; `None` if they are not all there."""
+    known = [row for row in rows if row is not None]
+    return stack(known) if len(known) == len(rows) else None
+
+
 def stacked_sums(rows: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
     """Returns the sums over T of one `(m', T')` per query, `(B, m)`; `None` if they are not all there."""
-    known = [row for row in rows if row is not None]
-    return sum_over_tokens(stack(known).to(device)) if len(known) == len(rows) else None
+    known = stacked(rows)
+    return None if known is None else sum_over_tokens(known.to(device))
 
 
 def sum_over_tokens(token_logps: torch.Tensor) -> torch.Tensor:
@@ -248,3 +283,29 @@ def sum_over_tokens(token_logps: torch.Tensor) -> torch.Tensor:
     mask = token_logps.isfinite()
     total = token_logps.masked_fill(~mask, 0.0).sum(dim=-1)
     return total.masked_fill(~mask.any(dim=-1), -torch.inf)
+
+
+def rewards_of(
+    pipeline: RAGPipeline, reward: str, rollouts: Sequence[Rollout], generator_logps: torch.Tensor
+) -> torch.Tensor:
+    """Returns what a policy gradient maximises, `(B, m)`: see `DROConfig.reward`.
+
+    Args:
+        pipeline ([`RAGPipeline`]): both models.
+        reward (`str`): `log_likelihood`, `likelihood` or `f1`.
+        rollouts (`list` of B [`Rollout`]): the permutations.
+        generator_logps (`torch.Tensor` of shape `(B, m)`): log p_g(y|x,d_z), nats.
+    """
+    if reward == "log_likelihood":
+        return generator_logps
+    if reward == "likelihood":
+        return generator_logps.exp()
+    keys = [[None if c is None else tuple(c) for c in r.contexts] for r in rollouts]
+    distinct = list(dict.fromkeys(key for of in keys for key in of if key is not None))
+    with pipeline.evaluating():
+        answers = dict(zip(distinct, pipeline.generate(distinct), strict=True))
+    scores = [
+        [f1(answers[key], r.question.row["answers"]) if key is not None else 0.0 for key in of]
+        for r, of in zip(rollouts, keys, strict=True)
+    ]
+    return generator_logps.new_tensor(scores)

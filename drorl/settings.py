@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 IDENTIFIERS = ("number", "letter", "title")
-SELECTOR_OBJECTIVES = ("dro", "grpo", "rloo", "none")
+SELECTOR_OBJECTIVES = ("dro", "grpo", "rloo", "reinforce", "pointwise", "ppo", "none")
+REWARDS = ("log_likelihood", "likelihood", "f1")
 
 
 def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -47,6 +48,8 @@ class DROSettings(PipelineSettings):
     max_sampling_logp_difference: float = _setting(0.5, "Gap between vLLM and trainer that stops the run, nats.")
     weight_temperature: float = _setting(1.0, "Tempers the likelihood in the weights.")
     selector_objective: str = _setting("dro", "Objective of the selector.", SELECTOR_OBJECTIVES)
+    reward: str = _setting("log_likelihood", "What grpo, rloo, reinforce and ppo maximise, of the answer.", REWARDS)
+    vf_coef: float = _setting(0.1, "Weight of the critic's loss (ppo).")
     generator_objective: str = _setting("dro", "Objective of the generator.", ("dro", "sft", "none"))
     baseline: str = _setting("none", "Control variate of the weights.", ("none", "mean", "leave_one_out"))
     min_importance_weight: float = _setting(0.0, "Permutations of a smaller weight do not train the generator.")

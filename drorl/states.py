@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .attention import Layout
 from .errors import InvalidInputError
+from .ppo import ValueHead
 from .tree import Segment, TokenTree
 
 
@@ -34,10 +35,11 @@ class TreeStates:
         backend (`str`): `blocks`, `mask`, `cached` or `repeated`, see [`~backends.backend_of`].
         keep (`bool`): keeps keys and values, so that the tree can grow, where that can be: not by `repeated`, and not
             under gradient checkpointing. Otherwise each call encodes everything again.
+        critic ([`~ppo.ValueHead`], *optional*): its values are a last column of the logits.
     """
 
-    def __init__(self, model: nn.Module, backend: str, keep: bool = False):
-        self.model, self.base = model, base_of(model)
+    def __init__(self, model: nn.Module, backend: str, keep: bool = False, critic: ValueHead | None = None):
+        self.model, self.base, self.critic = model, base_of(model), critic
         self.tree = TokenTree()
         # Rounds are built on keys and values that gradient checkpointing would throw away.
         self.backend = "repeated" if backend == "cached" and not can_keep(model) else backend
@@ -84,7 +86,12 @@ class TreeStates:
         """Returns the logits of rows of nodes at the columns `keep`, `(rows, len(keep), V)`; -1 is padding."""
         ids = torch.tensor(self.tree.tokens)[nodes].to(self.device)
         columns = torch.tensor(keep, dtype=torch.long, device=self.device)
-        return self.model(input_ids=ids, attention_mask=mask, logits_to_keep=columns, **inputs).logits
+        inputs |= {"input_ids": ids, "attention_mask": mask, "logits_to_keep": columns}
+        if self.critic is None:
+            return self.model(**inputs).logits
+        with self.critic.reading(self.base.get_output_embeddings()) as values:
+            logits = self.model(**inputs).logits
+        return torch.cat([logits, *values], dim=-1)
 
     # ---------------------------------------------------------------------------------------------------------- packed
     def _packed(self, nodes: list[int]) -> torch.Tensor:

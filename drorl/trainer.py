@@ -35,19 +35,23 @@ from .data.rows import validate_rows
 from .engines.sampler import EngineSampler, choose_backend
 from .errors import InvalidInputError
 from .evaluation import Record
-from .losses import LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
+from .losses import WEIGHTED, LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
 from .pipeline import PipelineSettings, RAGPipeline
+from .ppo import ValueHead, ppo_loss
 from .rollouts import (
     Question,
     Rollout,
     SelectorScores,
     answer_logps_of,
     batches,
+    compare_with_reference,
     draw_rollouts,
     read_rollout,
     remember,
+    rewards_of,
     score_selector,
     stack,
+    stacked,
     stacked_sums,
     sum_over_tokens,
 )
@@ -121,6 +125,7 @@ class DROTrainer(TwoRoleTrainer):
             )
         backend, reason = choose_backend(args)
         args.use_vllm = False  # TRL's own engine would merge the adapter into the base and take it out again
+        beta, args.beta = args.beta, 0.0  # TRL's reference is a copy of an adapter `default`
         super().__init__(
             model=model,
             reward_funcs=_no_reward,
@@ -131,6 +136,7 @@ class DROTrainer(TwoRoleTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.beta = args.beta = beta
         if self.accelerator.distributed_type not in SUPPORTED_ENGINES:
             raise ValueError(f"{self.accelerator.distributed_type} is not supported: drorl averages gradients itself")
         if generator_model is not None:
@@ -144,6 +150,8 @@ class DROTrainer(TwoRoleTrainer):
             generator_model,
             generator_processing_class or generator_tokenizer,
         )
+        if args.selector_objective == "ppo":
+            self.pipeline.critic = ValueHead(self.model.config.get_text_config().hidden_size).to(self.model.device)
         self.last_records: list[Record] = []
         for module in self.pipeline.models:
             refuse_dropout(module)
@@ -206,9 +214,13 @@ class DROTrainer(TwoRoleTrainer):
             together = [[question] for question in questions] if apart else [questions]
             with self.pipeline.evaluating():  # in training, gradient checkpointing would throw the states away
                 rollouts = [r for group in together for r in draw_rollouts(self.pipeline, self.args, group)[0]]
-        if rollouts is not None and not self._on_policy and (self.sampler or not self.args.constrained):
-            groups = batches(rollouts, self.args.max_tokens_per_forward)
-            rollouts = [r for group in groups for r in remember(self.pipeline, self.args, group)]
+        if rollouts is not None and not self._on_policy:
+            groups = list(batches(rollouts, self.args.max_tokens_per_forward))
+            if self.sampler is not None or not self.args.constrained:
+                groups = [remember(self.pipeline, self.args, group) for group in groups]
+            if self.beta:
+                groups = [compare_with_reference(self.pipeline, self.args, group) for group in groups]
+            rollouts = [r for group in groups for r in group]
         count = torch.tensor(float(num_items), device=self.accelerator.device)
         return {
             "row": torch.arange(len(rows)),  # TRL splits the batch along the first tensor
@@ -293,8 +305,10 @@ class DROTrainer(TwoRoleTrainer):
                 self.accelerator.backward(loss)
                 loss = loss.detach()
         if train_selector:
+            if self.beta and rollouts[0].reference_logps is None:
+                rollouts = compare_with_reference(self.pipeline, self.args, rollouts)
             scored = scored or score_selector(self.pipeline, self.args, rollouts)
-            output = self._selector_loss(rollouts, scored.token_logps, weighting, num_items, correction)
+            output = self._selector_loss(rollouts, scored, weighting, num_items, correction)
             metrics |= {"selector/loss": output.loss, **output.metrics, **scored.metrics}
             loss = loss + scale * share * output.loss
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
@@ -348,27 +362,33 @@ class DROTrainer(TwoRoleTrainer):
     def _selector_loss(
         self,
         rollouts: list[Rollout],
-        token_logps: torch.Tensor,
+        scored: SelectorScores,
         weighting: Weighting,
         num_items: torch.Tensor,
         correction: torch.Tensor | None,
     ) -> LossOutput:
-        if self.args.selector_objective == "dro":
-            return weighted_mle_loss(sum_over_tokens(token_logps), weighting.advantages)
-        mask = token_logps.isfinite()
-        old = self._old_selector_logps(rollouts, token_logps)
-        return clipped_surrogate_loss(
-            token_logps.masked_fill(~mask, 0.0),
-            old.masked_fill(~mask, 0.0),
-            mask,
-            weighting.advantages,
-            self.epsilon_low,
-            self.epsilon_high,
-            self.loss_type,
-            num_items,
-            self.max_completion_length,
-            None if correction is None else correction.exp(),
-        )
+        args, logps = self.args, scored.token_logps
+        if args.selector_objective in WEIGHTED:
+            return weighted_mle_loss(sum_over_tokens(logps), weighting.advantages)
+        mask = logps.isfinite()
+        old = self._old_selector_logps(rollouts, logps)
+        surrogate: dict[str, Any] = {
+            "epsilon_low": self.epsilon_low,
+            "epsilon_high": self.epsilon_high,
+            "loss_type": self.loss_type,
+            "num_items": num_items,
+            "max_completion_length": self.max_completion_length,
+            "sampling_ratio": None if correction is None else correction.exp(),
+            "reference_logps": stacked([r.reference_logps for r in rollouts]),
+            "beta": self.beta,
+        }
+        if scored.values is not None:
+            known = stacked([r.old_values for r in rollouts])
+            old_values = scored.values.detach() if self._on_policy or known is None else known.to(scored.values)
+            states = logps, scored.values, old, old_values
+            return ppo_loss(*states, weighting.rewards, mask, vf_coef=args.vf_coef, **surrogate)
+        logps, old = logps.masked_fill(~mask, 0.0), old.masked_fill(~mask, 0.0)
+        return clipped_surrogate_loss(logps, old, mask, weighting.advantages, **surrogate)
 
     def _weigh(
         self,
@@ -388,8 +408,10 @@ class DROTrainer(TwoRoleTrainer):
             own = self._on_policy and args.proposal == "policy" and args.proposal_temperature == 1.0
             proposal_logps = None if own else stacked_sums([r.proposal_logps for r in rollouts], args.device)
             proposal_logps = selector_logps if proposal_logps is None else proposal_logps
-        scores = Scores(generator_logps, selector_logps, proposal_logps)
-        objective = "dro" if args.selector_objective == "none" else args.selector_objective
+        rewards = rewards_of(self.pipeline, args.reward, rollouts, generator_logps)
+        scores = Scores(generator_logps, selector_logps, proposal_logps, rewards)
+        # PPO's advantages are those of decisions, and a critic's.
+        objective = "dro" if args.selector_objective in ("none", "ppo") else args.selector_objective
         weighting = weigh(scores, objective, args.weight_temperature, args.baseline, args.scale_rewards)
         if skipped := int((~scores.valid.any(dim=-1)).sum()):
             logger.warning(f"{skipped} queries skipped: no sample of theirs has a finite answer likelihood")

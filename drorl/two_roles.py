@@ -44,7 +44,10 @@ class TwoRoleTrainer(AtomicCheckpoints):
     def _trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Returns the parameters of each role that is trained."""
         objectives = {SELECTOR: self.args.selector_objective, GENERATOR: self.args.generator_objective}
-        return {role: self.pipeline.parameters(role) for role, objective in objectives.items() if objective != "none"}
+        trained = {role: self.pipeline.parameters(role) for role in objectives if objectives[role] != "none"}
+        if self.pipeline.critic is not None:
+            trained[SELECTOR] += self.pipeline.critic.parameters()
+        return trained
 
     def _touch(self, role: str) -> torch.Tensor:
         """A zero that depends on the role's adapter: a loss keeps its graph though no sample is valid."""

@@ -51,8 +51,8 @@ from worlds import (
     without_replacement,
 )
 
-from drorl.losses import Scores, clipped_surrogate_loss, weigh, weighted_mle_loss
-from drorl.ppo import clipped_value_loss, episode_rewards, generalized_advantages, whiten
+from drorl.losses import Scores, weigh, weighted_mle_loss
+from drorl.ppo import ppo_loss
 
 
 # ------------------------------------------------------------------------------------------------------------- methods
@@ -153,14 +153,11 @@ class Rollouts:
 
     def _ppo_loss(self, learners: Learners, steps: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
         values = learners.values()[:, :, self.world.paths].gather(2, self._index)
-        mask = torch.ones_like(steps)
-        raw = generalized_advantages(episode_rewards(rewards, mask), self.old_values, mask)
-        total = torch.zeros(())
+        mask, total = torch.ones_like(steps, dtype=torch.bool), torch.zeros(())
         for s in range(len(steps)):  # what PPO whitens is a batch, and a learner has its own
-            advantages = whiten(raw[s], mask[s])
-            policy = clipped_surrogate_loss(steps[s], self.old_steps[s], mask[s], advantages)
-            value = clipped_value_loss(values[s], self.old_values[s], raw[s] + self.old_values[s], mask[s])
-            total = total + policy.loss + 0.1 * value
+            total = (
+                total + ppo_loss(steps[s], values[s], self.old_steps[s], self.old_values[s], rewards[s], mask[s]).loss
+            )
         return total
 
     def _credit(self, weights: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,14 @@
-"""Gradients by name, and comparisons that refuse to compare nothing."""
+"""Gradients by name, comparisons that refuse to compare nothing, and a model under one back end."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+import drorl.backends
+from drorl.attention import uninstall
 
 Gradients = dict[str, torch.Tensor]
 
@@ -51,3 +56,13 @@ def assert_same_gradients(actual: Gradients, expected: Gradients, rtol: float, a
         assert size > atol, f"{name} has no gradient, so there is nothing to compare"
         difference = (actual[name] - gradient).abs().max().item()
         assert difference <= rtol * size + atol, f"{name}: differs by {difference:.2e} where the largest is {size:.2e}"
+
+
+@contextmanager
+def through(backend: str, model: PreTrainedModel) -> Iterator[None]:
+    """Makes a model share prefixes in one way, as long as it lasts; that it can is checked first."""
+    assert drorl.backends._objection(model, backend) is None
+    drorl.backends._backends[model] = backend
+    yield
+    del drorl.backends._backends[model]
+    uninstall(model)

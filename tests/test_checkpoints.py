@@ -63,16 +63,29 @@ RESUMABLE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("num_rows", "done"), [(8, 2), (8, 4), (6, 4)], ids=["mid-epoch", "boundary", "epoch 2"])
+# A critic, and a reference that is neither zero nor the selector as it is when the run goes on.
+PPO: dict[str, Any] = {"selector_objective": "ppo", "beta": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "done", "objective"),
+    [(8, 2, {}), (8, 4, {}), (6, 4, {}), (8, 2, PPO)],
+    ids=["mid-epoch", "boundary", "epoch 2", "ppo"],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(
-    num_rows: int, done: int, make_trainer: Make, rows: Callable[..., Rows], tmp_path: Path
+    num_rows: int,
+    done: int,
+    objective: dict[str, Any],
+    make_trainer: Make,
+    rows: Callable[..., Rows],
+    tmp_path: Path,
 ) -> None:
     """Some steps, a checkpoint, a new process, two more steps: bit for bit what the steps at a stretch give.
 
     A step takes two rows: with 8 rows step 2 is within the first epoch and step 4 ends it, with 6 step 4 is in the
     second epoch, whose order of rows is another one.
     """
-    settings = {**RESUMABLE, "train_rows": rows(num_rows, 6), "max_steps": done + 2}
+    settings = {**RESUMABLE, **objective, "train_rows": rows(num_rows, 6), "max_steps": done + 2}
     straight = make_trainer(output_dir="straight", **settings)
     straight.train()
     make_trainer(output_dir="resumed", callbacks=[StopAfter(done)], **settings).train()

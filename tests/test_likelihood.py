@@ -2,13 +2,12 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import transformers.integrations.flex_attention
-from helpers import Gradients, assert_same_gradients, gradients, widen_norms
+from helpers import Gradients, assert_same_gradients, gradients, through, widen_norms
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -82,16 +81,6 @@ def weighted_sum(logps: Sequence[torch.Tensor]) -> torch.Tensor:
 def gradient_of(model: nn.Module, logps: Sequence[torch.Tensor]) -> Gradients:
     """The gradient of the weighted sum with respect to every parameter of the model."""
     return gradients(weighted_sum(logps), dict(model.named_parameters()))
-
-
-@contextmanager
-def through(backend: str, model: PreTrainedModel) -> Iterator[None]:
-    """Makes a model share prefixes in one way, as long as it lasts; that it can is checked first."""
-    assert drorl.backends._objection(model, backend) is None
-    drorl.backends._backends[model] = backend
-    yield
-    del drorl.backends._backends[model]
-    uninstall(model)
 
 
 SIZES = {

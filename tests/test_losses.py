@@ -129,6 +129,7 @@ def test_the_diagnostics_are_means_over_the_queries_that_could_be_scored() -> No
         "frac_degenerate_weights": 0.0,
         "iw_elbo": (math.log(0.2) - 4.0) / 2,
         "generator/logps": (math.log(0.1) + math.log(0.3) - 8.0) / 4,
+        "reward": (math.log(0.1) + math.log(0.3) - 8.0) / 4,
         "frac_skipped_queries": 1 / 3,
     }
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-6)

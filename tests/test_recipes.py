@@ -73,7 +73,7 @@ def test_a_missing_model_is_named(recipe):
 
 def test_the_settings_name_every_objective():
     """The settings import nothing, so they repeat the names of the estimators; the two lists agree."""
-    assert SELECTOR_OBJECTIVES == (*ADVANTAGES, "none")
+    assert SELECTOR_OBJECTIVES == (*ADVANTAGES, "ppo", "none")
 
 
 def test_help_is_quick():

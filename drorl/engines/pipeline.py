@@ -56,9 +56,9 @@ class EnginePipeline(RAGPipeline):
         engine = LocalEngine(saved_base(run_dir), choose_dtype(dtype), rank, window, memory, native_lora=True)
         return cls.over(engine, run_dir, {adapter.role: engine.deliver(adapter) for adapter in adapters})
 
-    def decide(self, prompts: Sequence[SelectorPrompt], keep: bool = True) -> EngineDecisions:
-        """Returns the selector's decisions after rendered prompts."""
-        return EngineDecisions(self.policy, self.engine, self.versions[SELECTOR], prompts)
+    def decide(self, prompts: Sequence[SelectorPrompt], keep: bool = True, role: str = SELECTOR) -> EngineDecisions:
+        """Returns the decisions of the selector, or of another adapter, after rendered prompts."""
+        return EngineDecisions(self.policy, self.engine, self.versions[role], prompts)
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Returns the generator's greedy continuation of each tokenized prompt."""
