@@ -12,6 +12,7 @@ POLICY_GRADIENTS = ("grpo", "rloo", "reinforce", "ppo")
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
 # Settings of TRL that drorl does not read: another value than this one is refused rather than ignored.
 FIXED = {
+    "use_bias_correction_kl": True,
     "importance_sampling_level": "token",
     "top_entropy_quantile": 1.0,
     "mask_truncated_completions": False,

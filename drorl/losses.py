@@ -214,7 +214,7 @@ def clipped_surrogate_loss(
     r"""Returns GRPO's clipped surrogate, reduced as `loss_type` says.
 
     $$-\min(\rho_t A, \mathrm{clip}(\rho_t, 1 - \epsilon_l, 1 + \epsilon_h) A)
-      + \beta \left(\tfrac{p_\text{ref}}{p_s} - \log \tfrac{p_\text{ref}}{p_s} - 1\right)$$
+      + \beta \rho_t \left(\tfrac{p_\text{ref}}{p_s} - \log \tfrac{p_\text{ref}}{p_s} - 1\right)$$
 
     Args:
         token_logps (`torch.Tensor` of shape `(B, m, T)`): log-probabilities of decisions or tokens, with gradient.
@@ -231,7 +231,8 @@ def clipped_surrogate_loss(
         sampling_ratio (`torch.Tensor` of shape `(B, m, T)` or `(B, m, 1)`, *optional*): p_s/q of each token for an
             engine's q, see [`~weights.log_sampling_ratio`]; constant.
         reference_logps (`torch.Tensor` of shape `(B, m, T)`, *optional*): log p_ref; needed unless `beta` is 0.
-        beta (`float`): of the KL penalty, the estimator that is never negative (Eq. 4).
+        beta (`float`): of the KL penalty, the estimator that is never negative (Eq. 4), times the ratio, which gives it
+            an unbiased gradient (TRL's `use_bias_correction_kl`; https://huggingface.co/papers/2512.02556).
 
     Source: https://huggingface.co/papers/2402.03300, Eq. 3; tests compare it with `trl.GRPOTrainer` step for step.
     """
@@ -245,7 +246,7 @@ def clipped_surrogate_loss(
     tokens, metrics = mask.sum(), {}
     if reference_logps is not None:
         gap = (reference_logps - token_logps).masked_fill(mask == 0, 0.0)
-        kl = gap.exp() - gap - 1
+        kl = ratio * (gap.exp() - gap - 1)
         losses = losses + beta * kl
         metrics["kl"] = kl.sum().detach() / tokens.clamp(min=1)
     if loss_type == "grpo":
