@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class InvalidInputError(UserError, ValueError):
     """A value that cannot be used."""
+
+
+class DivergedError(UserError):
+    """A model's probabilities are no numbers any more."""

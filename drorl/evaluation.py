@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,13 +16,45 @@ from rich.progress import track
 from .adapters import GENERATOR
 from .answers import answer_logps, scored_answers
 from .errors import InvalidInputError
-from .metrics import contains_answer, exact_match, f1
+from .metrics import contains_answer, exact_match, f1, normalize_answer
 from .permutations import Permutation
 from .pipeline import Passage, RAGPipeline
 from .weights import iw_elbo, log_importance_weights
 
 _STDERR = Console(stderr=True)
 Chosen = tuple[Mapping[str, Any], list[int], float, float]  # row, candidates, answer_logp, iw_elbo
+
+
+def _holds_answer(row: Mapping[str, Any], passage: Passage) -> bool:
+    return contains_answer(passage["text"], row["answers"])
+
+
+def _title_overlap(row: Mapping[str, Any], passage: Passage) -> float:
+    """Share of the title's words that the query has."""
+    title = normalize_answer(passage["title"]).split()
+    return len(set(title) & set(normalize_answer(row["query"]).split())) / max(len(title), 1)
+
+
+# How good a passage is without any selector; passages that are level keep the retriever's order.
+RANKINGS: dict[str, Callable[[Mapping[str, Any], Passage], float]] = {
+    "retriever": lambda row, passage: 0.0,
+    "oracle": lambda row, passage: float(_holds_answer(row, passage)),
+    "closed_book": lambda row, passage: 0.0,
+    "title": _title_overlap,
+    "longest": lambda row, passage: float(len(passage["text"].split())),
+}
+
+
+def ranked(row: Mapping[str, Any], ranking: str, num_candidates: int, num_selected: int) -> list[int]:
+    """Returns the passages that a system without a selector reads, as indices into the row's candidates.
+
+    `ranking`: `retriever`, its order; `oracle`, those that hold an answer first; `closed_book`, none; `title` and
+    `longest`, controls that do not read: the title's words in the query, the passage's length.
+    """
+    if ranking == "closed_book":
+        return []
+    scores = [RANKINGS[ranking](row, passage) for passage in row["candidates"][:num_candidates]]
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:num_selected]
 
 
 @dataclass(frozen=True)
@@ -48,7 +80,7 @@ def evaluate_rows(
     rows: Iterable[Mapping[str, Any]],
     answer_target: str = "surface",
     num_samples: int = 8,
-    use_selector: bool = True,
+    ranking: str | None = None,
     batch_size: int = 16,
     description: str | None = None,
 ) -> list[Record]:
@@ -60,7 +92,7 @@ def evaluate_rows(
         answer_target (`str`): the y of `answer_logp` and `iw_elbo`; exact match and F1 always use all gold answers.
         num_samples (`int`): permutations of `iw_elbo`. With K = 1 all N of them are enumerated instead, and the bound
             is the log marginal likelihood.
-        use_selector (`bool`): `False`: the retriever's first K passages, no selector and no bound.
+        ranking (`str`, *optional*): see [`ranked`]: no selector, and no bound. Default: the selector.
         batch_size (`int`): answers generated together.
         description (`str`, *optional*): shows a progress bar with this text.
 
@@ -73,7 +105,7 @@ def evaluate_rows(
     records: list[Record] = []
     with pipeline.evaluating():
         while block := [
-            _select(pipeline, row, answer_target, num_samples, use_selector) for row in islice(progress, batch_size)
+            _select(pipeline, row, answer_target, num_samples, ranking) for row in islice(progress, batch_size)
         ]:
             records += _answer(pipeline, block)
     gathered = gather_object([records])
@@ -96,14 +128,14 @@ def score_permutations(
 
 
 def _select(
-    pipeline: RAGPipeline, row: Mapping[str, Any], answer_target: str, num_samples: int, use_selector: bool
+    pipeline: RAGPipeline, row: Mapping[str, Any], answer_target: str, num_samples: int, ranking: str | None
 ) -> Chosen:
     """Chooses passages for one question, and scores its answer under them."""
     settings, candidates = pipeline.settings, list(row["candidates"])
-    if not use_selector:
-        order = tuple(range(settings.num_selected))
-        logps = score_permutations(pipeline, row, candidates, [order], answer_target)
-        return row, list(order), float(logps[0]), math.nan
+    if ranking is not None:
+        order = ranked(row, ranking, settings.num_candidates, settings.num_selected)
+        logps = score_permutations(pipeline, row, candidates, [tuple(order)], answer_target)
+        return row, order, float(logps[0]), math.nan
     shown = pipeline.present(row["query"], candidates)
     decisions = pipeline.decisions([row["query"]], [shown])
     [greedy] = decisions.greedy()
@@ -138,6 +170,35 @@ def recalls(passages: Sequence[Passage], answers: Sequence[str]) -> list[float]:
     """Returns recall@k for each k up to K: whether a normalised answer occurs in one of the first k passages."""
     found = [contains_answer(p["text"], answers) for p in passages]
     return [float(any(found[: k + 1])) for k in range(len(found))]
+
+
+def position_shares(
+    pipeline: RAGPipeline, rows: Iterable[Mapping[str, Any]], num_rotations: int = 4
+) -> list[list[float]]:
+    """Returns how likely each question's first choice is at each place of the prompt, all else equal, `(n, N)`.
+
+    The candidates are shown in `num_rotations` rotations of one order, so that every passage stands at as many places
+    spread over the prompt; a selector that reads gives each place 1/N, but for what its passages happen to be.
+    """
+    shares = []
+    for row in rows:
+        shown = pipeline.present(row["query"], row["candidates"], "position")
+        steps = [len(shown) * r // num_rotations for r in range(num_rotations)]
+        orders = [shown[step:] + shown[:step] for step in steps]
+        with pipeline.evaluating():
+            first = [pipeline.decisions([row["query"]], [order]).logps([[()]])[0][0].exp() for order in orders]
+        shares.append(torch.stack(first).mean(dim=0).tolist())
+    return shares
+
+
+def position_bias(shares: Sequence[Sequence[float]]) -> float:
+    r"""Returns $\tfrac12 \sum_j |\bar p_j - 1/N|$ of [`position_shares`], in [0, 1): how much of the choice is place.
+
+    >>> position_bias([[0.7, 0.3], [0.3, 0.7]]), round(position_bias([[0.9, 0.1]]), 3)
+    (0.0, 0.4)
+    """
+    mean = torch.tensor(shares, dtype=torch.float64).mean(dim=0)
+    return float(0.5 * (mean - 1 / len(mean)).abs().sum())
 
 
 def per_question(records: Sequence[Record], metric: str) -> list[float]:

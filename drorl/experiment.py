@@ -63,7 +63,7 @@ class Experiment:
         self.seconds: dict[str, float] = {}
 
     def evaluate(
-        self, name: str, label: str, pipeline: RAGPipeline, use_selector: bool = True, seconds: float | None = None
+        self, name: str, label: str, pipeline: RAGPipeline, ranking: str | None = None, seconds: float | None = None
     ) -> list[Record]:
         """Evaluates one system and keeps its records.
 
@@ -71,7 +71,7 @@ class Experiment:
             name (`str`): key in `summary.json`.
             label (`str`): how the table calls it.
             pipeline ([`RAGPipeline`]): the system.
-            use_selector (`bool`): `False`: the retriever's order.
+            ranking (`str`, *optional*): of a system without a selector, see [`~evaluation.ranked`].
             seconds (`float`, *optional*): time for it; fewer questions are asked when they do not fit (but at least
                 150), by this system and by all that follow.
         """
@@ -82,7 +82,7 @@ class Experiment:
         if kept.get("key") == key:
             records, self.seconds[name] = [Record(**r) for r in kept["records"]], kept["seconds"]
         else:
-            records = self._evaluate(label, pipeline, use_selector, seconds)
+            records = self._evaluate(label, pipeline, ranking, seconds)
             self.seconds[name] = time.monotonic() - start
             kept = {"key": key, "seconds": self.seconds[name], "records": [dataclasses.asdict(r) for r in records]}
             self._write(path, kept)
@@ -104,7 +104,7 @@ class Experiment:
             aside.write_text(json.dumps(content, indent=2, default=str) + "\n")
             aside.replace(path)
 
-    def _evaluate(self, label: str, pipeline: RAGPipeline, use_selector: bool, seconds: float | None) -> list[Record]:
+    def _evaluate(self, label: str, pipeline: RAGPipeline, ranking: str | None, seconds: float | None) -> list[Record]:
         self.dtype = str(pipeline.model.dtype).removeprefix("torch.")
         deadline = None if seconds is None else time.monotonic() + seconds
         records: list[Record] = []
@@ -115,9 +115,7 @@ class Experiment:
                 break
             part = self.rows.select(range(first, min(first + block, len(self.rows))))
             text = f"{label}: questions {first + 1}-{first + len(part)} of {len(self.rows)}"
-            records += evaluate_rows(
-                pipeline, part, self.answer_target, self.num_samples, use_selector, description=text
-            )
+            records += evaluate_rows(pipeline, part, self.answer_target, self.num_samples, ranking, description=text)
         return records
 
     def examples(self, name: str, pipeline: RAGPipeline, count: int = 3) -> list[dict[str, Any]]:
@@ -172,7 +170,7 @@ class Experiment:
                 name: version(name) for name in ("drorl", "torch", "trl", "transformers", "peft", "datasets")
             },
             "command": " ".join(sys.argv),
-            "commit": _commit(),
+            "commit": commit(),
             "config": {**script, **_own_settings(self.config)},
             "dataset": {"name": facts["name"], "split": "test", "facts": facts},
             "num_samples_iw_elbo": self.num_samples,
@@ -202,6 +200,9 @@ def warmup_config(config: DROConfig, num_queries: int, learning_rate: float) -> 
         constrained=True,
         selector_objective="dro",
         generator_objective="dro",
+        reward="log_likelihood",
+        beta=0.0,
+        num_iterations=1,
         baseline="none",
         rollout_backend="transformers",  # nothing is sampled
         use_vllm=False,
@@ -285,7 +286,8 @@ def _own_settings(config: DROConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in (*own, *inherited)}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Returns the commit of the code that runs, if it is in a repository."""
     result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return result.stdout.strip() or None
 

@@ -231,8 +231,8 @@ def clipped_surrogate_loss(
         sampling_ratio (`torch.Tensor` of shape `(B, m, T)` or `(B, m, 1)`, *optional*): p_s/q of each token for an
             engine's q, see [`~weights.log_sampling_ratio`]; constant.
         reference_logps (`torch.Tensor` of shape `(B, m, T)`, *optional*): log p_ref; needed unless `beta` is 0.
-        beta (`float`): of the KL penalty, the estimator that is never negative (Eq. 4), times the ratio, which gives it
-            an unbiased gradient (TRL's `use_bias_correction_kl`; https://huggingface.co/papers/2512.02556).
+        beta (`float`): of the KL penalty, the estimator that is never negative (Eq. 4), times the ratio, which makes
+            its gradient unbiased (TRL's `use_bias_correction_kl`; https://huggingface.co/papers/2512.02556).
 
     Source: https://huggingface.co/papers/2402.03300, Eq. 3; tests compare it with `trl.GRPOTrainer` step for step.
     """

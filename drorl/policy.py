@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .errors import DivergedError
 from .likelihood import PromptStates
 from .permutations import DecisionTable, Permutation, prefixes_of
 from .ppo import ValueHead
@@ -164,6 +165,8 @@ class Drawing(ABC):
         steps: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in slates]
         for step in range(slates[0].num_selected):
             for query, rows in enumerate(self.logps(permutations)):
+                if rows.isnan().any():
+                    raise DivergedError("the selector's probabilities are NaN: start again with a lower learning_rate")
                 if every_first_choice and step == 0:
                     choices, logq = torch.arange(len(rows)), torch.full((len(rows),), -math.log(len(rows)))
                 else:

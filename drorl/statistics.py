@@ -71,3 +71,35 @@ def bootstrap_mean(
     means = [rng.choice(array, len(array)).mean() for _ in range(num_resamples)]
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(mean, (float(low), float(high)))
+
+
+def crossed_bootstrap(
+    values: Sequence[Sequence[float]], num_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
+) -> Interval:
+    """Returns the mean over seeds and questions with an interval in which both are resampled.
+
+    Every seed answers the same questions, so the values are crossed and not a sample of S * Q: a resample draws S
+    seeds and Q questions, each with replacement, and takes the mean over their products. With few seeds this is
+    conservative rather than exact. Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1 (2007).
+
+    Args:
+        values (`Sequence[Sequence[float]]`, S of Q each): of every seed, its value (or a difference of two systems')
+            on each question, in one order. With S = 1 only the questions are resampled.
+        num_resamples (`int`): number of bootstrap samples.
+        seed (`int`): of the resampling.
+        confidence (`float`): in (0, 1).
+
+    Raises:
+        ValueError: if the seeds have different numbers of questions, or a value is not finite.
+
+    >>> crossed_bootstrap([[0.5, 0.5], [0.0, 0.0]]).ci95
+    (0.0, 0.5)
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2 or not array.size or not np.isfinite(array).all():
+        raise ValueError(f"{len(values)} seeds need the same number of finite values each")
+    rng, tail = np.random.default_rng(seed), (1 - confidence) / 2
+    seeds, questions = (rng.multinomial(n, [1 / n] * n, num_resamples) / n for n in array.shape)
+    means = np.einsum("rs,sq,rq->r", seeds, array, questions, optimize=True)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(array.mean()), (float(low), float(high)))

@@ -56,6 +56,8 @@ class ScriptArguments:
     def __post_init__(self) -> None:
         if self.model_name_or_path is None:
             raise ValueError("model_name_or_path is not set; use smollm2-135m, a folder or a name on the hub")
+        if self.lora_first_layer and not self.lora_target_modules:
+            raise ValueError("lora_first_layer needs lora_target_modules, such as q_proj v_proj")
         if any((self.train_file, self.validation_file, self.test_file)):
             if not (self.train_file and self.test_file):
                 raise ValueError("train_file and test_file belong together; without any file VitalQA is used")
@@ -89,11 +91,12 @@ def load_model(script: ScriptArguments):
 
     def adapted(name, roles):
         base, tokenizer = load_model_and_tokenizer(name, script.dtype)
+        first = script.lora_first_layer
         config = LoraConfig(
             r=script.lora_r,
             lora_alpha=script.lora_alpha,
             target_modules=script.lora_target_modules or "all-linear",
-            layers_to_transform=list(range(script.lora_first_layer, base.config.num_hidden_layers)),
+            layers_to_transform=list(range(first, base.config.num_hidden_layers)) if first else None,
             task_type="CAUSAL_LM",
         )
         return add_adapters(base, config, roles), tokenizer
@@ -161,9 +164,9 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
 
     test.evaluate("warmup", "warm-up", trainer.pipeline, seconds=budget and 0.17 * budget)
     before = test.examples("warmup", trainer.pipeline)
-    test.evaluate("retriever_sft", "retriever's order, SFT generator", trainer.pipeline, use_selector=False)
+    test.evaluate("retriever_sft", "retriever's order, SFT generator", trainer.pipeline, "retriever")
     with trainer.pipeline.without_adapters():
-        test.evaluate("retriever_zero_shot", "retriever's order, zero-shot", trainer.pipeline, use_selector=False)
+        test.evaluate("retriever_zero_shot", "retriever's order, zero-shot", trainer.pipeline, "retriever")
 
     if budget is not None:
         left = budget - (time.monotonic() - start) - 1.1 * test.seconds["warmup"] - 30

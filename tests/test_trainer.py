@@ -28,6 +28,7 @@ import drorl.rollouts
 import drorl.trainer
 from drorl.adapters import GENERATOR, SELECTOR, activate, adapter_parameters
 from drorl.data.rows import RowError
+from drorl.errors import DivergedError
 from drorl.losses import LossOutput, Scores
 from drorl.policy import Decisions
 from drorl.prompts import PromptBuilder
@@ -537,6 +538,14 @@ def test_evaluation_during_training_changes_nothing_but_the_log(make_trainer: Ma
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
+def test_a_selector_that_has_become_nan_is_named(make_trainer: Make) -> None:
+    """Training stops with what to change, not with an index out of bounds in the sampler."""
+    trainer = make_trainer()
+    next(iter(adapter_parameters(trainer.model, SELECTOR).values())).data.fill_(math.nan)
+    with pytest.raises(DivergedError, match="NaN.*lower learning_rate"):
+        trainer.train()
+
+
 def test_an_adapter_of_another_name_is_an_error(
     make_trainer: Make, tiny_model: Callable[..., LlamaForCausalLM], lora: LoraConfig
 ) -> None:

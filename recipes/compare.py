@@ -1,0 +1,273 @@
+r"""Compares DRO with PPO, GRPO, RLOO, REINFORCE, SFT and its own ablations, at equal wall-clock or equal queries.
+
+    python recipes/compare.py run                       # every cell that is not done; stop and start at any time
+    python recipes/compare.py run --methods dro grpo --seeds 1 --budgets "10 minutes"
+    python recipes/compare.py tune                      # the same number of settings for each method, on validation
+    python recipes/compare.py report                    # results/README.md and its figures, from the results files
+
+A grid (`--grid`, default recipes/configs/compare.yaml) names methods, each a few settings of the one trainer on top
+of a base configuration. A cell is a method, a seed and a budget: a process of its own, from the same warm-up of that
+seed, on the same held-out questions. It is kept in results/<grid>.json as soon as it is done.
+
+A budget is `N minutes` of training (the rates are annealed over it) or `N queries`. Warm-up and evaluation are not
+counted; the warm-up is the same for all. A cell that diverges is kept as one that did.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from drorl.comparison import Cell, Results, describe
+from drorl.errors import DivergedError, InvalidInputError, UserError
+
+logger = logging.getLogger("drorl.compare")
+HERE = Path(__file__).parent
+CURVES = ("effective_sample_size", "iw_elbo", "selector/entropy", "importance_weights/max", "reward")
+POSITION_QUESTIONS = 24
+Asked = tuple[str, dict[str, Any], int, str, str]  # method, settings, seed, budget, split
+
+
+class Grid:
+    """A grid file.
+
+    Args:
+        path (`Path`): YAML, see recipes/configs/compare.yaml.
+
+    Raises:
+        InvalidInputError: if it is not such a file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = yaml.safe_load(path.read_text())
+        try:
+            self.base = yaml.safe_load((path.parent / content["base"]).read_text())
+            self.shared, self.methods = content.get("shared", {}), content["methods"]
+            self.seeds, self.budgets = content["seeds"], content["budgets"]
+        except (KeyError, TypeError, OSError) as error:
+            raise InvalidInputError(f"{path} is not a grid: {error!r}") from error
+        self.readings: dict[str, list[str]] = content.get("readings", {})
+        self.tuning: dict[str, Any] = content.get("tuning", {})
+
+    def settings(self, method: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Returns every setting of a method.
+
+        Raises:
+            InvalidInputError: if the grid does not have it.
+        """
+        if method not in self.methods:
+            raise InvalidInputError(f"{self.path} has no method {method!r}; it has {', '.join(self.methods)}")
+        own = self.methods[method] or {}
+        return {**self.base, **self.shared, **own, **(extra or {})}
+
+
+def seconds_or_queries(budget: str) -> tuple[float | None, int | None]:
+    """Reads a budget.
+
+    Raises:
+        InvalidInputError: if it is neither `N minutes` nor `N queries`.
+    """
+    number, _, unit = budget.partition(" ")
+    try:
+        if unit == "minutes":
+            return 60 * float(number), None
+        if unit == "queries":
+            return None, int(number)
+    except ValueError:
+        pass
+    raise InvalidInputError(f"a budget is 'N minutes' or 'N queries', not {budget!r}")
+
+
+# -------------------------------------------------------------------------------------------------------------- a cell
+def run_cell(
+    method: str,
+    settings: dict[str, Any],
+    seed: int,
+    budget: str,
+    split: str,
+    readings: dict[str, str],
+    work: Path,
+) -> list[Cell]:
+    """Trains one method and evaluates it; returns its cell, and one for each other ranking its generator reads."""
+    import torch
+    from nq import ScriptArguments, load_data, load_model
+    from trl import TrlParser
+
+    from drorl import DROConfig, DROTrainer
+    from drorl.callbacks import RichProgressCallback, TimeBudgetCallback
+    from drorl.evaluation import evaluate_rows, position_bias, position_shares
+    from drorl.experiment import commit, machine, warmup_config
+
+    settings = dict(settings)
+    ranking = settings.pop("ranking", None)
+    arguments = {**settings, "seed": seed, "output_dir": str(work / method.replace("/", "-") / str(seed))}
+    seconds, queries = seconds_or_queries(budget)
+    try:
+        script, config = TrlParser((ScriptArguments, DROConfig)).parse_dict(arguments)
+    except ValueError as error:
+        raise InvalidInputError(f"{method}: {error}") from error
+    if queries is not None:
+        config.max_steps = max(1, queries // (config.generation_batch_size // config.num_generations))
+    rows, _ = load_data(script)
+    questions = rows[split].select(range(min(script.num_eval_questions or len(rows[split]), len(rows[split]))))
+    torch.manual_seed(seed)
+    model, tokenizer, generator, generator_tokenizer = load_model(script)
+
+    def trainer_for(title: str, config: DROConfig) -> DROTrainer:
+        pieces = model, config, rows["train"], None, tokenizer, generator, generator_tokenizer
+        return DROTrainer(*pieces, callbacks=[RichProgressCallback(f"{title}, seed {seed}")])
+
+    trainer = trainer_for(method, config)
+    if script.warmup_queries:
+        depends = json.dumps([asdict(script), asdict(trainer.pipeline.settings), seed], sort_keys=True, default=str)
+        warm = work / "warmup" / hashlib.sha256(depends.encode()).hexdigest()[:12]
+        if not (warm / "drorl.json").exists():
+            first = trainer_for("warm-up", warmup_config(config, script.warmup_queries, script.warmup_learning_rate))
+            first.train()
+            first.save_model(str(warm))
+        trainer.load_adapters(warm)
+    # The linear decay of both kinds of budget: over the minutes, or over the steps.
+    trainer.add_callback(TimeBudgetCallback(seconds if seconds is not None else math.inf))
+    start, diverged = time.monotonic(), False
+    try:
+        trainer.train()
+    except DivergedError as error:
+        logger.error("%s, seed %d: %s", method, seed, error)
+        diverged = True
+    minutes = (time.monotonic() - start) / 60
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    def cell(name: str, of: str | None) -> Cell:
+        metrics: dict[str, float | None] = {}
+        predictions: dict[str, list] = {}
+        if not diverged:
+            records = evaluate_rows(
+                trainer.pipeline, questions, config.answer_target, config.num_generations, of, description=name
+            )
+            metrics, predictions = describe(records)
+        if not diverged and of is None and config.selector_objective != "none":
+            asked = questions.select(range(min(POSITION_QUESTIONS, len(questions))))
+            metrics["position_bias"] = position_bias(position_shares(trainer.pipeline, asked))
+        return Cell(
+            method=name,
+            seed=seed,
+            budget=budget,
+            metrics=metrics,
+            minutes=round(minutes, 2),
+            query_steps=trainer.state.global_step * config.generation_batch_size // config.num_generations,
+            settings={**settings, "ranking": of, "split": split},
+            commit=commit(),
+            predictions=predictions,
+            diverged=diverged or metrics["answer_logp"] is None,
+            curves={n: [round(e[n], 4) for e in log if n in e] for n in CURVES if any(n in e for e in log)},
+            machine={**machine(), "dtype": str(trainer.model.dtype).removeprefix("torch.")},
+        )
+
+    return [cell(method, ranking), *(cell(name, of) for name, of in readings.items())]
+
+
+# ------------------------------------------------------------------------------------------------------------ the grid
+def cells_of(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
+    """Yields what was asked for, all methods of a seed together."""
+    methods = args.methods or list(grid.methods)
+    for budget in args.budgets or grid.budgets:
+        seconds_or_queries(budget)
+        for seed in args.seeds or grid.seeds:
+            for method in methods:
+                yield method, grid.settings(method), seed, budget, "test"
+
+
+def tuning_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
+    """Yields the cells in which each method tries the same settings."""
+    for method in args.methods or list(grid.methods):
+        for extra in grid.tuning["settings"]:
+            name = f"{method} / " + ", ".join(f"{key} {value:g}" for key, value in extra.items())
+            yield name, grid.settings(method, extra), grid.seeds[0], grid.tuning["budget"], "validation"
+
+
+def run(cells: Iterator[Asked], grid: Grid, path: Path, work: Path, force: bool) -> int:
+    """Runs the cells that are not done, each in a process of its own; one grid at a time in a folder."""
+    results, failed = Results(path), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path.with_suffix(".lock"), timeout=0):
+            todo = []
+            for method, settings, seed, budget, split in cells:  # all are looked at before the first one is run
+                wanted = {**settings, "ranking": settings.get("ranking"), "split": split}
+                if not results.done(method, seed, budget, wanted, force):
+                    todo.append((method, settings, seed, budget, split))
+            logger.info("%d cells to run, %d done", len(todo), len(results.cells))
+            for number, (method, settings, seed, budget, split) in enumerate(todo, start=1):
+                logger.info("cell %d of %d: %s, seed %d, %s", number, len(todo), method, seed, budget)
+                readings = {name: ranking for name, (ranking, of) in grid.readings.items() if of == method}
+                asked = {"method": method, "settings": settings, "seed": seed, "budget": budget, "split": split}
+                command = [sys.executable, __file__, "cell", json.dumps({**asked, "readings": readings})]
+                command += ["--work", str(work)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+                if done.returncode:
+                    failed.append(f"{method}, seed {seed}, {budget}")
+                    logger.error("%s failed with exit code %d", failed[-1], done.returncode)
+                    continue
+                for content in json.loads(done.stdout.splitlines()[-1]):
+                    results.add(Cell(**content))
+                    shown = {k: round(v, 3) for k, v in content["metrics"].items() if v is not None}
+                    logger.info("%s: %s%s", content["method"], shown, " (diverged)" * content["diverged"])
+    except Timeout as error:
+        raise InvalidInputError(f"another grid is being run in {path.parent}") from error
+    if failed:
+        logger.error("%d cells failed, start again to repeat them: %s", len(failed), "; ".join(failed))
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "tune", "report", "cell"), help="cell is for the grid itself")
+    parser.add_argument("cell", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--grid", type=Path, default=HERE / "configs" / "compare.yaml")
+    parser.add_argument("--results", type=Path, default=HERE.parent / "results", help="folder; default: results/")
+    parser.add_argument(
+        "--work", type=Path, default=HERE.parent / "outputs" / "compare", help="warm-ups are kept here"
+    )
+    parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--budgets", nargs="+")
+    parser.add_argument("--force", action="store_true", help="make cells again whose settings have changed")
+    args = parser.parse_args()
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("drorl").setLevel(logging.INFO)
+    try:
+        if args.action == "cell":
+            cells = run_cell(**json.loads(args.cell), work=args.work)
+            sys.stdout.write("\n" + json.dumps([asdict(cell) for cell in cells]) + "\n")
+            return 0
+        if args.action == "report":
+            from compare_report import write_report
+
+            logger.info("%s", write_report(args.results, HERE / "configs"))
+            return 0
+        grid = Grid(args.grid)
+        cells = tuning_cells(grid, args) if args.action == "tune" else cells_of(grid, args)
+        name = f"{grid.path.stem}{'-tuning' * (args.action == 'tune')}.json"
+        return run(cells, grid, args.results / name, args.work, args.force)
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+    except KeyboardInterrupt:
+        logger.warning("stopped; what is done is kept, start again to go on")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

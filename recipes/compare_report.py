@@ -1,0 +1,136 @@
+"""results/README.md and its figures, from the results files of recipes/compare.py; nothing in it is typed by hand."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from drorl.comparison import METRICS, Cell, Results
+from drorl.errors import InvalidInputError
+from drorl.statistics import Interval
+
+PERCENT = ("exact_match", "f1", "recall@1")
+NAMES = {"exact_match": "EM %", "f1": "F1 %", "recall@1": "recall@1 %", "iw_elbo": "iw_elbo, nats"}
+HEAD = """# Results
+
+Written by `python recipes/compare.py report` from the files beside it; nothing here is typed by hand. Means over seeds
+and questions with 95 % intervals in brackets, from a bootstrap in which both seeds and questions are resampled. A
+difference is paired: the same seed, the same question. An interval that leaves 0 out is bold.
+
+VitalQA is a filtered mixture of public development and test questions with the texts of a PyPI package: its scores
+are no scores of NQ, TriviaQA or WebQuestions. K = 1 of N = 8 passages, BM25 candidates, KILT's normaliser, greedy
+decoding, SmolLM2-135M, LoRA. What the paper reports stands beside it where there is a counterpart, on another scale:
+Llama-3-8B or Mistral-7B, ColBERTv2, K = 5 of N = 20, 8 A100 GPUs for 20 hours.
+"""
+
+
+def _shown(interval: Interval | None, metric: str, signed: bool = False) -> str:
+    if interval is None:
+        return "-"
+    factor = 100 if metric in PERCENT else 1
+    digits = 1 if metric in PERCENT else 2
+    sign = "+" if signed else ""
+    text = f"{factor * interval.mean:{sign}.{digits}f}"
+    if all(map(math.isfinite, interval.ci95)):
+        low, high = (f"{factor * end:{sign}.{digits}f}" for end in interval.ci95)
+        text += f" [{low}, {high}]"
+    return f"**{text}**" if signed and interval.ci95[0] * interval.ci95[1] > 0 else text
+
+
+def _mean(cells: Sequence[Cell], name: str) -> str:
+    values = [cell.metrics[name] for cell in cells if cell.metrics.get(name) is not None]
+    return f"{sum(v for v in values if v is not None) / len(values):.3f}" if values else "-"
+
+
+def _table(results: Results, budget: str, paper: dict[str, Any]) -> list[str]:
+    """The methods of one budget."""
+    columns = [*(NAMES[m] for m in METRICS), "position bias", "queries", "minutes", "seeds", "diverged"]
+    columns += ["paper"] if paper else []
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for method in results.methods(budget):
+        cells = results.of(method, budget)
+        values = [_shown(results.mean(method, budget, metric), metric) for metric in METRICS]
+        values += [_mean(cells, "position_bias"), f"{sum(c.query_steps for c in cells) / len(cells):.0f}"]
+        values += [f"{sum(c.minutes for c in cells) / len(cells):.1f}", str(len(cells))]
+        values += [str(sum(c.diverged for c in cells))] + ([str(paper.get(method, "-"))] if paper else [])
+        lines.append(f"| {method} | {' | '.join(values)} |")
+    return lines
+
+
+def _differences(results: Results, budget: str, reference: str) -> list[str]:
+    """What the first method adds to every other."""
+    lines = [f"| {reference} minus | {' | '.join(NAMES[m] for m in METRICS)} |", "|---" * (len(METRICS) + 1) + "|"]
+    for method in results.methods(budget):
+        if method != reference:
+            shown = [_shown(results.difference(method, reference, budget, m), m, signed=True) for m in METRICS]
+            lines.append(f"| {method} | {' | '.join(shown)} |")
+    return lines
+
+
+def _draw(results: Results, budget: str, path: Path) -> None:
+    """F1 and recall@1 of every method, and the effective sample size over training."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    methods = results.methods(budget)[::-1]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 0.35 * len(methods) + 1.6), layout="constrained")
+    for ax, metric in zip(axes, ("f1", "recall@1"), strict=False):
+        for y, method in enumerate(methods):
+            if (interval := results.mean(method, budget, metric)) is not None:
+                ax.plot([100 * end for end in interval.ci95], [y, y], color="0.6")
+                ax.plot(100 * interval.mean, y, "o", color="C0")
+        ax.set_yticks(range(len(methods)), methods if metric == "f1" else [""] * len(methods))
+        ax.set_xlabel(NAMES[metric])
+    for method in methods[::-1]:
+        curves = [c.curves["effective_sample_size"] for c in results.of(method, budget) if c.curves]
+        curves = [curve for curve in curves if curve and max(curve) > 1]
+        if curves:
+            means = pd.DataFrame(curves).mean()
+            smooth = means.rolling(max(1, len(means) // 20), min_periods=1).mean()
+            axes[2].plot(smooth.index / max(len(means) - 1, 1), smooth, label=method)
+    axes[2].set(xlabel="share of training", ylabel="effective sample size")
+    axes[2].legend(fontsize=6, frameon=False)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write_report(folder: Path, grids: Path) -> Path:
+    """Writes README.md and a figure for each results file and budget in `folder`; returns the former.
+
+    Raises:
+        InvalidInputError: if there are no results.
+    """
+    files = sorted(path for path in folder.glob("*.json") if path.name != "lab.json")
+    if not files:
+        raise InvalidInputError(f"{folder} holds no results: run `python recipes/compare.py run` first")
+    lines = [HEAD]
+    for path in files:
+        results = Results(path)
+        name = path.stem.removesuffix("-tuning")
+        grid = yaml.safe_load((grids / f"{name}.yaml").read_text()) if (grids / f"{name}.yaml").exists() else {}
+        action = "tune" if path.stem.endswith("-tuning") else "run"
+        lines += [f"## {path.stem}", "", grid.get("about", "") if action == "run" else "", ""]
+        lines += ["```", f"python recipes/compare.py {action} --grid recipes/configs/{name}.yaml", "```", ""]
+        for budget in results.budgets():
+            methods = results.methods(budget)
+            questions = max(len(cell.predictions.get("prediction", [])) for cell in results.cells.values())
+            lines += [f"### {budget} of training, {questions} questions", ""]
+            lines += [*_table(results, budget, grid.get("paper", {})), ""]
+            if action == "run" and len(methods) > 1:
+                lines += [*_differences(results, budget, methods[0]), ""]
+                figure = folder / f"{path.stem}-{budget.replace(' ', '-')}.svg"
+                _draw(results, budget, figure)
+                lines += [f"![{path.stem}, {budget}]({figure.name})", ""]
+        cells = results.cells.values()
+        machines = sorted({f"{c.machine['cpu']}, {c.machine['dtype']}" for c in cells if c.machine})
+        commits = sorted({(c.commit or "unknown")[:8] for c in cells})
+        lines += [f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}.", ""]
+    if (folder / "lab.md").exists():
+        lines += ["## The laboratory", "", "`python recipes/lab.py`", "", (folder / "lab.md").read_text()]
+        lines += ["![convergence, and what a prejudice does](lab.svg)", ""]
+    (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")
+    return folder / "README.md"

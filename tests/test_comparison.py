@@ -1,0 +1,285 @@
+"""Cells are kept whole, are not mixed up, and any two methods can be compared long after."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from compare import Grid, seconds_or_queries
+from compare_report import write_report
+from filelock import FileLock
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from drorl.comparison import Cell, Results
+from drorl.errors import InvalidInputError
+from drorl.evaluation import position_bias, position_shares, ranked
+from drorl.statistics import crossed_bootstrap
+from drorl.trainer import DROTrainer
+
+COMPARE = Path(__file__).parent.parent / "recipes" / "compare.py"
+Rows = list[dict[str, Any]]
+
+
+def made(method: str, seed: int, f1: list[float], **changes: Any) -> Cell:
+    """A cell of some questions."""
+    predictions = {"prediction": ["x"] * len(f1), "chosen": [[0]] * len(f1), "f1": f1}
+    metrics = {"f1": sum(f1) / len(f1), "exact_match": None}
+    cell = Cell(method, seed, "4 queries", metrics, 0.1, 4, {"learning_rate": 0.1}, "abc", predictions)
+    return replace(cell, **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+def test_the_crossed_bootstrap_is_the_plain_one_for_one_seed_and_wider_for_seeds_that_differ() -> None:
+    """Variance of a resampled mean: of one seed s2/Q (no more), of S seeds as far apart as the whole spread, more.
+
+    Against the closed formula of a balanced table whose seeds differ by a constant: v = v_seeds / S + v_questions / Q.
+    """
+    random = np.random.default_rng(0)
+    questions = random.normal(size=400)
+    half = 1.96 * questions.std() / 20
+    low, high = crossed_bootstrap([questions.tolist()]).ci95
+    assert (high - low) / 2 == pytest.approx(half, rel=0.05)
+    seeds = [(questions + shift).tolist() for shift in (-1.0, 0.0, 1.0)]
+    means = np.array([np.mean(s) for s in seeds])
+    spread = np.sqrt(means.var() / 3 + questions.var() / 400)
+    low, high = crossed_bootstrap(seeds).ci95
+    assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.1)
+
+
+@pytest.mark.parametrize("values", [[], [[]], [[1.0], [1.0, 2.0]], [[float("nan")]]], ids=str)
+def test_the_crossed_bootstrap_refuses_what_has_no_mean(values: list) -> None:
+    """No seeds, no questions, different questions, a NaN."""
+    with pytest.raises(ValueError):
+        crossed_bootstrap(values)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+def test_what_is_added_is_read_again(tmp_path: Path) -> None:
+    """Cells come back equal and in order; a cell of the same key takes the place of the earlier one."""
+    results = Results(tmp_path / "compare.json")
+    for cell in (made("dro", 1, [0.5, 1.0]), made("grpo", 1, [0.0, 1.0]), made("dro", 1, [0.25, 1.0])):
+        results.add(cell)
+    again = Results(tmp_path / "compare.json")
+    assert list(again.cells.values()) == [made("dro", 1, [0.25, 1.0]), made("grpo", 1, [0.0, 1.0])]
+    assert again.methods("4 queries") == ["dro", "grpo"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_difference_is_paired_by_seed_and_question(tmp_path: Path) -> None:
+    """b - a on the seeds that both have; a metric that one lacks has none."""
+    results = Results(tmp_path / "compare.json")
+    for cell in (
+        made("a", 1, [0.0, 0.5]),
+        made("a", 2, [0.0, 0.0]),
+        made("b", 1, [1.0, 0.5]),
+        made("b", 3, [9.0, 9.0]),
+    ):
+        results.add(cell)
+    difference = results.difference("a", "b", "4 queries", "f1")
+    assert difference is not None
+    assert difference.mean == 0.5
+    assert results.difference("a", "b", "4 queries", "iw_elbo") is None
+
+
+def test_a_cell_with_other_settings_is_not_taken_for_done(tmp_path: Path) -> None:
+    """The same settings: done. Others, or one more: refused by name; forced: made again. Another seed: not done."""
+    results = Results(tmp_path / "compare.json")
+    results.add(made("dro", 1, [1.0]))
+    assert results.done("dro", 1, "4 queries", {"learning_rate": 0.1})
+    assert not results.done("dro", 2, "4 queries", {"learning_rate": 0.1})
+    for changed in ({"learning_rate": 0.2}, {"learning_rate": 0.1, "baseline": "mean"}):
+        with pytest.raises(InvalidInputError, match="other settings.*--force"):
+            results.done("dro", 1, "4 queries", changed)
+        assert not results.done("dro", 1, "4 queries", changed, force=True)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"cells": [{"method": "dro"', '{"cells": [{"method": "dro"}]}', "[]", '{"x": 1}']
+)
+def test_a_results_file_that_was_cut_off_is_named(content: str, tmp_path: Path) -> None:
+    """Whatever is in it, it is not overwritten and not half believed."""
+    path = tmp_path / "compare.json"
+    path.write_text(content)
+    with pytest.raises(InvalidInputError, match="compare.json is not a results file, or was cut off"):
+        Results(path)
+    assert path.read_text() == content
+
+
+def test_a_report_shows_every_method_and_says_what_diverged(tmp_path: Path) -> None:
+    """Means, paired differences to the first method, figures; a lead that leaves 0 out is bold."""
+    results = Results(tmp_path / "compare.json")
+    better = {"curves": {"effective_sample_size": [2.0, 1.5]}}
+    for seed in (1, 2, 3):
+        results.add(made("dro", seed, [1.0, 0.9, 0.8, 1.0], **better))
+        results.add(made("grpo", seed, [0.5, 0.4, 0.2, 0.6], diverged=seed == 3))
+    text = write_report(tmp_path, tmp_path).read_text()
+    assert "| dro | - | 92.5 [" in text
+    assert "| grpo | - | **+50.0 [" in text
+    assert "| 4 | 0.1 | 3 | 1 |" in text
+    assert (tmp_path / "compare-4-queries.svg").stat().st_size > 1000
+    with pytest.raises(InvalidInputError, match="holds no results"):
+        write_report(tmp_path / "nothing", tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- the systems
+def test_rankings_read_only_what_their_names_say(rows: Callable[..., Rows]) -> None:
+    """The retriever's order; an answer first; nothing; titles in the query; length: all against the same row."""
+    [row] = rows(1, 5)
+    row["candidates"][3]["title"] = "flows through"
+    row["candidates"][4]["text"] += " It is long."
+    gold = next(i for i, c in enumerate(row["candidates"]) if row["answers"][0] in c["text"])
+    assert ranked(row, "retriever", 5, 2) == [0, 1]
+    assert ranked(row, "oracle", 5, 2)[0] == gold
+    assert ranked(row, "closed_book", 5, 2) == []
+    assert ranked(row, "title", 5, 1) == [3]
+    assert ranked(row, "longest", 5, 1) == [4]
+    assert ranked(row, "longest", 4, 1) != [4]  # beyond N a passage is not seen
+
+
+def test_position_bias_tells_a_place_from_a_passage(
+    make_trainer: Callable[..., DROTrainer], rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A selector of one passage, wherever it stands, has none when all places are tried; one of the first place all.
+
+    Against stand-ins for the policy whose truth is known: 0 and 1 - 1/N.
+    """
+    trainer = make_trainer(num_selected=1)
+    data = rows(3, 6)
+
+    class Decided:
+        def __init__(self, shown: Rows, by_place: bool):
+            place = 0 if by_place else next(i for i, c in enumerate(shown) if c["id"] == min(x["id"] for x in shown))
+            self.row = torch.full((6,), -torch.inf)
+            self.row[place] = 0.0
+
+        def logps(self, prefixes: list) -> list[torch.Tensor]:
+            return [self.row[None]]
+
+    for by_place, expected in ((False, 0.0), (True, 1 - 1 / 6)):
+        monkeypatch.setattr(trainer.pipeline, "decisions", lambda queries, shown, by=by_place: Decided(shown[0], by))
+        shares = position_shares(trainer.pipeline, data, num_rotations=6)
+        assert position_bias(shares) == pytest.approx(expected, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ the grid
+def test_a_budget_is_minutes_or_queries() -> None:
+    """Both are read, anything else is refused."""
+    assert seconds_or_queries("1.5 minutes") == (90.0, None)
+    assert seconds_or_queries("40 queries") == (None, 40)
+    for budget in ("10", "10 hours", "x minutes", "1.5 queries"):
+        with pytest.raises(InvalidInputError, match="N minutes"):
+            seconds_or_queries(budget)
+
+
+def test_the_shipped_grids_are_valid() -> None:
+    """Every method of every grid is a configuration of the trainer, and readings name methods that there are."""
+    from nq import ScriptArguments
+    from trl import TrlParser
+
+    from drorl import DROConfig
+
+    grids = [path for path in (COMPARE.parent / "configs").glob("*.yaml") if "methods" in path.read_text()]
+    assert grids
+    for path in grids:
+        grid = Grid(path)
+        assert all(of in grid.methods for _, of in grid.readings.values())
+        for method in grid.methods:
+            for extra in [{}, *grid.tuning.get("settings", [])]:
+                settings = {k: v for k, v in grid.settings(method, extra).items() if k != "ranking"}
+                TrlParser((ScriptArguments, DROConfig)).parse_dict({**settings, "use_cpu": True})
+        for budget in grid.budgets:
+            seconds_or_queries(budget)
+        with pytest.raises(InvalidInputError, match="no method 'nonsense'"):
+            grid.settings("nonsense")
+
+
+@pytest.fixture(scope="module")
+def small_grid(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., LlamaForCausalLM],
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Callable[..., Rows],
+) -> Path:
+    """A grid over a tiny model and rows in files."""
+    folder = tmp_path_factory.mktemp("grid")
+    tiny_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8, 6)))
+    base = {
+        "model_name_or_path": str(folder / "model"),
+        "train_file": str(folder / "train.jsonl"),
+        "test_file": str(folder / "test.jsonl"),
+        "num_candidates": 6,
+        "num_selected": 1,
+        "num_generations": 6,
+        "per_device_train_batch_size": 12,
+        "warmup_queries": 2,
+        "gradient_checkpointing": False,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "dtype": "float32",
+        "use_cpu": True,
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    sft = {"proposal": "retriever", "selector_objective": "none", "num_generations": 1, "ranking": "retriever"}
+    grid = {
+        "base": "base.yaml",
+        "seeds": [1],
+        "budgets": ["4 queries"],
+        "methods": {
+            "dro": {"proposal": "first_choices"},
+            "sft": {**sft, "per_device_train_batch_size": 2},
+            "broken": {"learning_rate": 1e30, "max_grad_norm": 1e30},
+        },
+        "readings": {"closed book": ["closed_book", "sft"]},
+    }
+    (folder / "small.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    return folder
+
+
+def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs the recipe in the folder of a grid."""
+    places = ["--grid", folder / "small.yaml", "--results", folder / "results", "--work", folder / "work"]
+    command = [sys.executable, COMPARE, *arguments, *places]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_grid_from_nothing_to_a_report(small_grid: Path) -> None:
+    """Three methods, one of which diverges and is kept as such; then nothing is left to do; changes are refused."""
+    done = compare(small_grid, "run")
+    assert done.returncode == 0, done.stderr
+    results = Results(small_grid / "results" / "small.json")
+    assert results.methods("4 queries") == ["dro", "sft", "closed book", "broken"]
+    cells = {cell.method: cell for cell in results.cells.values()}
+    assert [cells[name].diverged for name in ("dro", "sft", "broken")] == [False, False, True]
+    assert cells["dro"].query_steps == cells["sft"].query_steps == 4
+    assert 0 <= (cells["dro"].metrics["position_bias"] or 0.0) < 1
+    assert cells["closed book"].predictions["chosen"] == [[]] * 8
+    assert {"f1", "exact_match", "iw_elbo", "recall@1"} <= cells["dro"].predictions.keys()
+    assert len(list((small_grid / "work" / "warmup").iterdir())) == 1  # one warm-up for all methods of a seed
+
+    again = compare(small_grid, "run")
+    assert (again.returncode, "0 cells to run" in again.stderr) == (0, True)
+    assert Results(results.path).cells == results.cells
+    grid = yaml.safe_load((small_grid / "small.yaml").read_text())
+    grid["methods"]["dro"]["learning_rate"] = 1e-4
+    (small_grid / "small.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    changed = compare(small_grid, "run")
+    assert (changed.returncode, "other settings (learning_rate): --force" in changed.stderr) == (2, True)
+    assert compare(small_grid, "run", "--methods", "ppo").returncode == 2
+    with FileLock(results.path.with_suffix(".lock")):
+        assert "another grid is being run" in compare(small_grid, "run", "--force").stderr
+    assert compare(small_grid, "report").returncode == 0
+    assert "| broken |" in (small_grid / "results" / "README.md").read_text()
+    assert asdict(Results(results.path).cells["dro", 1, "4 queries"])["settings"]["proposal"] == "first_choices"
