@@ -5,10 +5,12 @@ from dataclasses import dataclass, fields
 import torch
 from trl import GRPOConfig
 
+from .losses import ADVANTAGES, WEIGHTED
 from .settings import DROSettings
 
 SCALES = ("group", "none")
-POLICY_GRADIENTS = ("grpo", "rloo", "reinforce", "ppo")
+SELECTOR_OBJECTIVES = (*ADVANTAGES, "ppo", "none")
+POLICY_GRADIENTS = (*(name for name in ADVANTAGES if name not in WEIGHTED), "ppo")
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
 # Settings of TRL that drorl does not read: another value than this one is refused rather than ignored.
 FIXED = {
@@ -132,6 +134,7 @@ class DROConfig(DROSettings, GRPOConfig):
         for setting in fields(DROSettings):
             if choices := setting.metadata.get("choices"):
                 _choice(setting.name, getattr(self, setting.name), choices)
+        _choice("selector_objective", self.selector_objective, SELECTOR_OBJECTIVES)
         _choice("loss_type", self.loss_type, LOSS_TYPES)
         # TRL's "batch" spans all processes; a query's samples never leave theirs here.
         _choice("scale_rewards", {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards), SCALES)

@@ -5,8 +5,8 @@ The M-step of DRO (https://huggingface.co/papers/2505.03075) maximises, with the
     L_s = - sum_i w_i log p_s(z_i | x, d)           selector     (Eq. 10)
     L_g = - sum_i w_i log p_g(y | x, d_z_i)         generator    (Eq. 11)
 
-Seen as a policy gradient (Eq. 14), w is the reward and the selector the policy. GRPO and RLOO differ from DRO in one
-thing only, the advantage, so they stand beside it in `ADVANTAGES`. A new estimator is one function and one line there.
+Seen as a policy gradient (Eq. 14), w is the reward and the selector the policy. GRPO, RLOO and REINFORCE differ from
+DRO in the advantage, so they stand beside it in `ADVANTAGES`. A new estimator is one function and one line there.
 
 Shapes: B queries, m permutations of each, T decisions (constrained) or tokens (free text) of a permutation.
 """
@@ -136,7 +136,7 @@ ADVANTAGES: dict[str, Callable[..., torch.Tensor]] = {
     "pointwise": pointwise_advantages,
 }
 WEIGHTED = ("dro", "pointwise")
-"""Those whose loss is a weighted likelihood; the others' is a clipped surrogate."""
+"""Those whose loss is a weighted likelihood. The others maximise a reward, by a clipped surrogate."""
 
 
 def weigh(

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 IDENTIFIERS = ("number", "letter", "title")
-SELECTOR_OBJECTIVES = ("dro", "grpo", "rloo", "reinforce", "pointwise", "ppo", "none")
 REWARDS = ("log_likelihood", "likelihood", "f1")
 
 
@@ -47,7 +46,9 @@ class DROSettings(PipelineSettings):
     rollout_backend: str = _setting("auto", "Who samples permutations.", ("auto", "transformers", "vllm"))
     max_sampling_logp_difference: float = _setting(0.5, "Gap between vLLM and trainer that stops the run, nats.")
     weight_temperature: float = _setting(1.0, "Tempers the likelihood in the weights.")
-    selector_objective: str = _setting("dro", "Objective of the selector.", SELECTOR_OBJECTIVES)
+    selector_objective: str = _setting(
+        "dro", "dro, grpo, rloo, reinforce, pointwise, ppo, or none: a frozen selector."
+    )
     reward: str = _setting("log_likelihood", "What grpo, rloo, reinforce and ppo maximise, of the answer.", REWARDS)
     vf_coef: float = _setting(0.1, "Weight of the critic's loss (ppo).")
     generator_objective: str = _setting("dro", "Objective of the generator.", ("dro", "sft", "none"))

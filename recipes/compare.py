@@ -5,7 +5,7 @@ r"""Compares DRO with PPO, GRPO, RLOO, REINFORCE, SFT and its own ablations, at 
     python recipes/compare.py tune                      # the same number of settings for each method, on validation
     python recipes/compare.py report                    # results/README.md and its figures, from the results files
 
-A grid (`--grid`, default recipes/configs/compare.yaml) names methods, each a few settings of the one trainer on top
+A grid (`--grid`, default recipes/grids/compare.yaml) names methods, each a few settings of the one trainer on top
 of a base configuration. A cell is a method, a seed and a budget: a process of its own, from the same warm-up of that
 seed, on the same held-out questions. It is kept in results/<grid>.json as soon as it is done.
 
@@ -43,7 +43,7 @@ class Grid:
     """A grid file.
 
     Args:
-        path (`Path`): YAML, see recipes/configs/compare.yaml.
+        path (`Path`): YAML, see recipes/grids/compare.yaml.
 
     Raises:
         InvalidInputError: if it is not such a file.
@@ -235,7 +235,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("run", "tune", "report", "cell"), help="cell is for the grid itself")
     parser.add_argument("cell", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("--grid", type=Path, default=HERE / "configs" / "compare.yaml")
+    parser.add_argument("--grid", type=Path, default=HERE / "grids" / "compare.yaml")
     parser.add_argument("--results", type=Path, default=HERE.parent / "results", help="folder; default: results/")
     parser.add_argument(
         "--work", type=Path, default=HERE.parent / "outputs" / "compare", help="warm-ups are kept here"
@@ -255,7 +255,7 @@ def main() -> int:
         if args.action == "report":
             from compare_report import write_report
 
-            logger.info("%s", write_report(args.results, HERE / "configs"))
+            logger.info("%s", write_report(args.results, HERE / "grids"))
             return 0
         grid = Grid(args.grid)
         cells = tuning_cells(grid, args) if args.action == "tune" else cells_of(grid, args)

@@ -114,7 +114,7 @@ def write_report(folder: Path, grids: Path) -> Path:
         grid = yaml.safe_load((grids / f"{name}.yaml").read_text()) if (grids / f"{name}.yaml").exists() else {}
         action = "tune" if path.stem.endswith("-tuning") else "run"
         lines += [f"## {path.stem}", "", grid.get("about", "") if action == "run" else "", ""]
-        lines += ["```", f"python recipes/compare.py {action} --grid recipes/configs/{name}.yaml", "```", ""]
+        lines += ["```", f"python recipes/compare.py {action} --grid recipes/grids/{name}.yaml", "```", ""]
         for budget in results.budgets():
             methods = results.methods(budget)
             questions = max(len(cell.predictions.get("prediction", [])) for cell in results.cells.values())
