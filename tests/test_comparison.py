@@ -185,7 +185,7 @@ def test_the_shipped_grids_are_valid() -> None:
 
     from drorl import DROConfig
 
-    grids = [path for path in (COMPARE.parent / "grids").glob("*.yaml")]
+    grids = list((COMPARE.parent / "grids").glob("*.yaml"))
     assert grids
     for path in grids:
         grid = Grid(path)
