@@ -185,11 +185,14 @@ class Experiment:
         return summary
 
 
-def warmup_config(config: DROConfig, num_queries: int, learning_rate: float) -> DROConfig:
-    """Returns the settings of the supervised warm-up of both adapters, from the retriever's order alone.
+def warmup_config(
+    config: DROConfig, num_queries: int, learning_rate: float, warmup_selector: bool = True
+) -> DROConfig:
+    """Returns the settings of the supervised warm-up, from the retriever's order alone.
 
-    It is DRO with one sample, the retriever's order, whose weight is 1: the selector learns to write that order, the
-    generator to answer from its first K passages. No gold passage is used, so nothing leaks.
+    It is DRO with one sample, the retriever's order, whose weight is 1: the selector learns to write that order (which
+    a retrieval prior gives it anyway), the generator to answer from its first K passages. No gold passage is used, so
+    nothing leaks.
     """
     queries_per_step = min(8, num_queries)  # on each process
     return dataclasses.replace(
@@ -198,7 +201,7 @@ def warmup_config(config: DROConfig, num_queries: int, learning_rate: float) -> 
         proposal="retriever",
         proposal_temperature=1.0,
         constrained=True,
-        selector_objective="dro",
+        selector_objective="dro" if warmup_selector else "none",
         generator_objective="dro",
         reward="log_likelihood",
         beta=0.0,

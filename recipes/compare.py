@@ -134,7 +134,8 @@ def run_cell(
         depends = json.dumps([asdict(script), asdict(trainer.pipeline.settings), seed], sort_keys=True, default=str)
         warm = work / "warmup" / hashlib.sha256(depends.encode()).hexdigest()[:12]
         if not (warm / "drorl.json").exists():
-            first = trainer_for("warm-up", warmup_config(config, script.warmup_queries, script.warmup_learning_rate))
+            first = trainer_for("warm-up", warmup_config(config, *script.warmup))
+            first.add_callback(TimeBudgetCallback(math.inf))  # anneals the rate over the steps
             first.train()
             first.save_model(str(warm))
         trainer.load_adapters(warm)

@@ -50,8 +50,16 @@ class ScriptArguments:
     lora_first_layer: int = field(default=0, metadata={"help": "No adapters, and no backward pass, below it."})
     warmup_queries: int = field(default=0, metadata={"help": "Queries of the supervised warm-up."})
     warmup_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the warm-up."})
+    warmup_selector: bool = field(
+        default=True, metadata={"help": "Warm up the selector too, not the generator alone."}
+    )
     em_patience: int | None = field(default=None, metadata={"help": "EM iterations without gain before stopping."})
     max_minutes: float | None = field(default=None, metadata={"help": "Wall-clock time for the whole recipe."})
+
+    @property
+    def warmup(self) -> tuple[int, float, bool]:
+        """What `warmup_config` takes."""
+        return self.warmup_queries, self.warmup_learning_rate, self.warmup_selector
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is None:
@@ -147,7 +155,7 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
     test = Experiment(config, questions)
     warm = None
     if script.warmup_queries:
-        warm = trainer_for("warm-up", warmup_config(config, script.warmup_queries, script.warmup_learning_rate))
+        warm = trainer_for("warm-up", warmup_config(config, *script.warmup))
         if budget is not None:
             warm.add_callback(TimeBudgetCallback(0.12 * budget))
     if checkpoint is None:
