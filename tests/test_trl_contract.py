@@ -26,6 +26,7 @@ from drorl.two_roles import TwoRoleTrainer
 # Every private name of TRL and transformers that is overridden or used in drorl. Each is checked against the
 # installed version, so that an upgrade fails with one clear message.
 OVERRIDDEN_TRL_HOOKS = {
+    "train": ("resume_from_checkpoint",),
     "_generate_and_score_completions": ("inputs",),
     "training_step": ("model", "inputs", "num_items_in_batch"),
     "_compute_loss": ("model", "inputs"),
