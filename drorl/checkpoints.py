@@ -80,11 +80,16 @@ class AtomicCheckpoints(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self.pipeline.save_pretrained(output_dir or self.args.output_dir, state_dict)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """As in `transformers.Trainer`; a KL penalty is towards the selector as it is now, or was when a run began."""
         if self.beta:
             remember_selector(self.pipeline.owner(SELECTOR))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load_adapters(resume_from_checkpoint)
