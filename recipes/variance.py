@@ -3,8 +3,8 @@ r"""Bias and variance of each estimator's gradient on fixed rows of real questio
     python recipes/variance.py --run outputs/nq_demo --num_rows 24        # writes results/variance.{json,md}
 
 With K = 1 a query has N permutations, and every estimator's gradient of the selector is a combination of the N
-gradients of log p_s(i): sum_i c_i grad log p_s(i). Those are computed once a row, and of them only their N x N products
-are kept. So an estimate is a vector of N coefficients, 10,000 repetitions cost nothing, and the exact gradient, of
+gradients of log p_s(i): sum_i c_i grad log p_s(i). Those are computed once a row, and of them only their products are
+kept, N x N. So an estimate is a vector of N coefficients, 10,000 repetitions cost nothing, and the exact gradient, of
 log sum_i p_s(i) p_g(y|i), is the combination with the posterior as coefficients.
 """
 
@@ -66,7 +66,7 @@ def estimates(of: dict[str, torch.Tensor], estimator: dict[str, Any], m: int, re
     if settings.pop("enumerate", False):
         drawn, logq = (
             torch.arange(n).expand(1, n),
-            torch.full((n,), -torch.tensor(float(n)).log(), dtype=torch.float64),
+            torch.full((n,), -math.log(n), dtype=torch.float64),
         )
     generator = of["generator"][drawn]
     rewards = generator if reward == "log_likelihood" else generator.exp()

@@ -138,7 +138,7 @@ def test_the_cost_of_an_estimator_is_what_it_asks_the_generator() -> None:
 
 
 def test_estimates_on_a_row_are_combinations_whose_mean_is_known() -> None:
-    """recipes/variance.py: RLOO's coefficients average to p_i (r_i - sum_j p_j r_j), every first choice to the posterior.
+    """recipes/variance.py: RLOO's average to p_i (r_i - sum_j p_j r_j), those of every first choice are the posterior.
 
     100,000 repetitions, five standard errors of some .005.
     """
