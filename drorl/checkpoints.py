@@ -20,6 +20,7 @@ from trl.trainer.utils import RepeatSampler
 from .adapters import ROLES, load_adapter_weights
 from .errors import UserError
 from .pipeline import RAGPipeline
+from .randomness import RandomState
 
 
 class ResumableSampler(RepeatSampler):
@@ -70,6 +71,7 @@ class AtomicCheckpoints(GRPOTrainer):
     """The part of [`DROTrainer`] that saves both adapters and goes on from them."""
 
     pipeline: RAGPipeline
+    _step_began: tuple[int, RandomState] | None = None
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableSampler:
         return ResumableSampler(super()._get_train_sampler(dataset))
@@ -90,15 +92,19 @@ class AtomicCheckpoints(GRPOTrainer):
 
     @contextmanager
     def saving_on(self, loss: type[UserError]) -> Generator[None]:
-        """Saves the run as it was on entry, the beginning of a step, before it stops for a `loss` from outside."""
-        random = torch.get_rng_state()
+        """Saves the run as it was at the beginning of the step before it stops for a `loss` from outside.
+
+        Entered for each micro-batch, of which the first is that beginning.
+        """
+        step = self.state.global_step
+        if self._step_began is None or self._step_began[0] != step:
+            self._step_began = step, RandomState()
         try:
             yield
         except loss as error:
-            step = self.state.global_step
             if step == 0:
                 raise
-            torch.set_rng_state(random)
+            self._step_began[1].restore()
             self._save_checkpoint(self.model, None)
             raise loss(f"{error}. The run is saved at step {step}: go on with resume_from_checkpoint") from error
 

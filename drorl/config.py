@@ -26,6 +26,7 @@ FIXED = {
     "vllm_tensor_parallel_size": 1,
     "vllm_enable_sleep_mode": False,
     "vllm_structured_outputs_regex": None,
+    "vllm_model_impl": "vllm",
 }
 
 
@@ -188,6 +189,8 @@ class DROConfig(DROSettings, GRPOConfig):
             self.use_vllm = True
         if self.use_vllm and self.proposal == "retriever":
             raise ValueError("proposal='retriever' samples nothing: leave use_vllm at False")
+        if self.use_vllm and self.generation_kwargs:
+            raise ValueError("generation_kwargs are for transformers' generate(): with use_vllm=True leave them out")
         for name, value in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by drorl: leave it at {value!r}")

@@ -32,7 +32,7 @@ from .adapters import GENERATOR, ROLES, SELECTOR, load_with_adapters
 from .backends import backend_of, refuse_dropout
 from .config import DROConfig
 from .data.rows import validate_rows
-from .engines.sampler import EngineSampler, choose_backend
+from .engines.sampler import sampler_for, without_trls_engine
 from .errors import InvalidInputError
 from .evaluation import Record
 from .losses import LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
@@ -119,18 +119,17 @@ class DROTrainer(TwoRoleTrainer):
             generator_model, generator_tokenizer = load_with_adapters(
                 generator_model, (GENERATOR,), peft_config, args.model_init_kwargs
             )
-        backend, reason = choose_backend(args)
-        args.use_vllm = False  # TRL's own engine would merge the adapter into the base and take it out again
-        super().__init__(
-            model=model,
-            reward_funcs=_no_reward,
-            args=args,
-            train_dataset=self._rows(train_dataset, args),
-            eval_dataset=None if eval_dataset is None else self._rows(eval_dataset, args),
-            processing_class=processing_class or tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        with without_trls_engine(args):
+            super().__init__(
+                model=model,
+                reward_funcs=_no_reward,
+                args=args,
+                train_dataset=self._rows(train_dataset, args),
+                eval_dataset=None if eval_dataset is None else self._rows(eval_dataset, args),
+                processing_class=processing_class or tokenizer,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         if self.accelerator.distributed_type not in SUPPORTED_ENGINES:
             raise ValueError(f"{self.accelerator.distributed_type} is not supported: drorl averages gradients itself")
         if generator_model is not None:
@@ -155,9 +154,7 @@ class DROTrainer(TwoRoleTrainer):
             )
         for index, row in enumerate(self.train_dataset):
             self.pipeline.check_length(index, row["query"], row["candidates"])
-        args.use_vllm = backend == "vllm"
-        logger.info(f"rollout_backend={args.rollout_backend}: {backend}, {reason}")
-        self.sampler = EngineSampler(args, self.pipeline, self.accelerator) if args.use_vllm else None
+        self.sampler = sampler_for(args, self.pipeline, self.accelerator, self.train_dataset)
 
     @staticmethod
     def _rows(rows: Dataset | Sequence[Mapping[str, Any]], args: DROConfig) -> Dataset:
@@ -254,7 +251,8 @@ class DROTrainer(TwoRoleTrainer):
             loss = output.loss + loss.detach()
             for name, value in output.metrics.items():
                 metrics[name] += share * value
-        self._log_means({**described, **metrics, "memory/peak_gib": peak_memory()})
+        watched = {} if self.sampler is None else self.sampler.watched()
+        self._log_means({**described, **metrics, **watched, "memory/peak_gib": peak_memory()})
         return loss
 
     def _batch_loss(
@@ -277,13 +275,16 @@ class DROTrainer(TwoRoleTrainer):
         if scored is None and train_selector and self._one_pass:
             scored = score_selector(self.pipeline, self.args, rollouts)
         selector_logps = self._selector_logps_now(rollouts, scored)
-        watched, correction = {}, None
+        correction = None
         if self.sampler is not None and selector_logps is not None:
             old = self._old_selector_logps(rollouts, selector_logps)
-            watched, correction = self.sampler.watch(rollouts, old), self.sampler.correction(rollouts, old)
+            correction = self.sampler.correction(rollouts, old)
+            self.sampler.watch(rollouts, old, correction)
         generator_logps = self._generator_logps(rollouts)
-        weighting = self._weigh(rollouts, selector_logps, generator_logps.detach(), correction)
-        loss, metrics = torch.zeros((), device=self.accelerator.device), {**weighting.metrics, **watched}
+        # A surrogate's loss is corrected itself; there a sample that is masked stays in its group, as in TRL.
+        in_weights = correction if args.selector_objective in ("dro", "none") else None
+        weighting = self._weigh(rollouts, selector_logps, generator_logps.detach(), in_weights)
+        loss, metrics = torch.zeros((), device=self.accelerator.device), dict(weighting.metrics)
         scale = 1 / self.current_gradient_accumulation_steps
         if train_generator:
             output = self._generator_loss(rollouts, generator_logps, weighting)
@@ -328,12 +329,12 @@ class DROTrainer(TwoRoleTrainer):
         """Returns log p_s under the current selector without gradient, `(B, m, T)`; `None`: nothing depends on it.
 
         On policy these are the E-step's. Otherwise the selector has moved since, and the weights follow it. An
-        engine's are not the trainer's own.
+        engine's are not the trainer's own, and are compared with these though the selector is frozen.
         """
         if scored is not None:
             return scored.token_logps.detach()
         known = [r.old_selector_logps for r in rollouts if r.old_selector_logps is not None]
-        if self.args.selector_objective == "none" or (self._on_policy and self.sampler is None):
+        if self.sampler is None and (self._on_policy or self.args.selector_objective == "none"):
             return stack(known).to(self.args.device) if len(known) == len(rollouts) else None
         with torch.no_grad():
             return score_selector(self.pipeline, self.args, rollouts).token_logps

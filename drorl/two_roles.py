@@ -15,6 +15,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from .adapters import GENERATOR, SELECTOR
 from .checkpoints import AtomicCheckpoints
 from .engines.base import EngineError
+from .engines.sampler import EngineSampler
 from .evaluation import Record, aggregate, evaluate_rows
 from .pipeline import RAGPipeline
 
@@ -30,6 +31,7 @@ class TwoRoleTrainer(AtomicCheckpoints):
     """A trainer of the selector and the generator in `pipeline`, each with its own loss and learning rate."""
 
     pipeline: RAGPipeline
+    sampler: EngineSampler | None
     last_records: list[Record]
 
     def _prepared(self, generator_model: PeftModel) -> PeftModel:
@@ -94,6 +96,11 @@ class TwoRoleTrainer(AtomicCheckpoints):
         values = torch.stack([scalar.to(self.accelerator.device) for scalar in scalars])
         for name, value in zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True):
             self._metrics[mode][name].append(value)
+
+    def close(self) -> None:
+        """Stops the engine that samples, or gives its server back; this happens with the end of the trainer too."""
+        if self.sampler is not None:
+            self.sampler.close()
 
     def evaluate(
         self,

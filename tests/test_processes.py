@@ -1,6 +1,7 @@
 """Two processes on one machine train as one does: the batch is shared out, and nothing else changes.
 
-`test_worker` is what each process runs; `run_dirs` starts it with `torchrun`.
+`test_worker` is what each process runs; `run_dirs` starts it with `torchrun`. So it is with `test_worker_of_an_engine`:
+what fails in one process ends all.
 """
 
 import json
@@ -13,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from engines import SecondModel
 from peft import LoraConfig, get_peft_model
 from runs import largest_difference
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from drorl.adapters import GENERATOR, SELECTOR
+from drorl.engines.base import EngineError
+from drorl.engines.sampler import EngineSampler
 from drorl.trainer import DROTrainer
 
 pytestmark = pytest.mark.slow
@@ -45,13 +49,17 @@ def run_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Number of processes -> the directory of the runs of all cases by so many."""
     work = tmp_path_factory.mktemp("processes")
     for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += ["-m", "pytest", __file__, "-m", "slow", "-k", "test_worker", "-q", "-p", "no:cacheprovider"]
-        task = json.dumps({"run_dir": str(work / str(processes)), "processes": processes})
-        environment = os.environ | {WORK: task, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-3000:]
+        launch("test_worker", processes, {"run_dir": str(work / str(processes)), "processes": processes})
     return {processes: work / str(processes) for processes in (1, 2)}
+
+
+def launch(worker: str, processes: int, task: dict[str, Any]) -> None:
+    """Runs a worker in so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", "pytest", "-m", "slow", "-q", "-p", "no:cacheprovider", f"{__file__}::{worker}"]
+    environment = os.environ | {WORK: json.dumps(task), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-3000:]
 
 
 @pytest.mark.skipif(WORK not in os.environ, reason="runs inside the processes that the other test starts")
@@ -113,3 +121,39 @@ def test_two_processes_train_as_one(case: str, run_dirs: dict[int, Path]) -> Non
     assert sorted(path.name for path in together.glob("checkpoint-*")) == ["checkpoint-2"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (together / "checkpoint-2").iterdir()}
     assert not (together / ".incomplete").exists()
+
+
+@pytest.mark.skipif(WORK not in os.environ, reason="runs inside the processes that the other test starts")
+@pytest.mark.parametrize("fault", ["lost", "far off"])
+def test_worker_of_an_engine(
+    fault: str, make_trainer: Callable[..., DROTrainer], tiny_model: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    """After a step the second process loses its engine, or samples something else: both stop, and the run is saved.
+
+    With `max_tokens_per_forward` one has more batches than the other, so they meet at the end of a step only.
+    """
+    rank, run_dir = int(os.environ["RANK"]), Path(json.loads(os.environ[WORK])["run_dir"]) / fault.replace(" ", "-")
+    trainer = make_trainer(output_dir=str(run_dir), max_steps=3, max_tokens_per_forward=300 if rank else 3000)
+    engine = SecondModel(tiny_model(), tmp_path / "engine")
+    trainer.sampler = EngineSampler(trainer.args, trainer.pipeline, trainer.accelerator, engine)
+    answer = engine.next_token_logps
+
+    def failing(*arguments: Any) -> Any:
+        version, logps = answer(*arguments)
+        if trainer.state.global_step == 1 and rank == 1:
+            if fault == "lost":
+                raise EngineError("this one is gone")
+            logps = [[logp - 5 * i for i, logp in enumerate(row)] for row in logps]
+        return version, logps
+
+    engine.next_token_logps = failing
+    words = "this one is gone" if fault == "lost" else "not the policy that is being trained"
+    with pytest.raises(EngineError, match=f"{words}.* The run is saved at step 1"):
+        trainer.train()
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (run_dir / "checkpoint-1").iterdir()}
+
+
+@pytest.mark.skipif(WORK in os.environ, reason="this is a worker")
+def test_an_engine_lost_by_one_process_ends_both(tmp_path: Path) -> None:
+    """Neither waits for the other: both raise, and the checkpoint is whole."""
+    launch("test_worker_of_an_engine", 2, {"run_dir": str(tmp_path)})
