@@ -34,9 +34,11 @@ class ResumableSampler(RepeatSampler):
 
     def __init__(self, sampler: RepeatSampler):
         self.__dict__ |= vars(sampler)  # whatever arguments TRL's takes, and its random state
+        self.epoch_began = RandomState()
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the order of an epoch; the data loader calls this at the beginning of each."""
+        self.epoch_began = RandomState()
         if self.shuffle:
             self.generator.manual_seed(self.seed)
             for _ in range(epoch):
@@ -74,7 +76,8 @@ class AtomicCheckpoints(GRPOTrainer):
     _step_began: tuple[int, RandomState] | None = None
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableSampler:
-        return ResumableSampler(super()._get_train_sampler(dataset))
+        self._train_sampler = ResumableSampler(super()._get_train_sampler(dataset))
+        return self._train_sampler
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self.pipeline.save_pretrained(output_dir or self.args.output_dir, state_dict)
@@ -94,11 +97,12 @@ class AtomicCheckpoints(GRPOTrainer):
     def saving_on(self, loss: type[UserError]) -> Generator[None]:
         """Saves the run as it was at the beginning of the step before it stops for a `loss` from outside.
 
-        Entered for each micro-batch, of which the first is that beginning.
+        Entered for each micro-batch, of which the first is that beginning. An epoch's first step begins before its
+        data loader does, which takes a random number, and takes it again when the run goes on from there.
         """
-        step = self.state.global_step
+        step, first = self.state.global_step, float(self.state.epoch or 0).is_integer()
         if self._step_began is None or self._step_began[0] != step:
-            self._step_began = step, RandomState()
+            self._step_began = step, self._train_sampler.epoch_began if first else RandomState()
         try:
             yield
         except loss as error:

@@ -84,7 +84,7 @@ class DROConfig(DROSettings, GRPOConfig):
             be faster, see [`~engines.sampler.choose_backend`].
         max_sampling_logp_difference (`float`, *optional*, defaults to `0.5`): mean gap between vLLM's and the
             trainer's log-probability of a decision (or token), nats, at which the run stops, because another policy
-            is being sampled than the one that is trained; a fifth of it warns.
+            is being sampled than the one that is trained; a fifth of it warns, 0.01 if the model is in float32.
         weight_temperature (`float`, *optional*, defaults to `1.0`): tempers the answer's likelihood in the weights.
 
     Parameters that control the M-step

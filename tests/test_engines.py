@@ -573,9 +573,11 @@ def test_a_prompt_that_does_not_fit_later_leaves_a_checkpoint(
     assert (tmp_path / "run" / "checkpoint-1" / SELECTOR).is_dir()
 
 
+@pytest.mark.parametrize("queries", [8, 12, 16])
 @pytest.mark.parametrize("lost_at", [0, 1])
 def test_a_lost_engine_leaves_a_checkpoint(
     lost_at: int,
+    queries: int,
     make_trainer: Callable[..., DROTrainer],
     engine: SecondModel,
     rows: Callable[..., list[dict[str, Any]]],
@@ -583,9 +585,15 @@ def test_a_lost_engine_leaves_a_checkpoint(
 ) -> None:
     """The run is saved where it is, the error says so, and from there it goes on to the same end.
 
-    Also when the second of a step's two micro-batches is lost: what the first has drawn is drawn again.
+    Also when the second of a step's two micro-batches is lost: what the first has drawn is drawn again. The third step
+    is the first of an epoch, the last, or neither.
     """
-    settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "steps_per_generation": 1, "train_rows": rows(16, 6)}
+    settings = {
+        "max_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 1,
+        "train_rows": rows(queries, 6),
+    }
     whole = with_engine(make_trainer(output_dir="whole", **settings), engine)
     whole.train()
     trainer = with_engine(make_trainer(**settings), engine)

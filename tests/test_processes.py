@@ -1,6 +1,6 @@
 """Two processes on one machine train as one does: the batch is shared out, and nothing else changes.
 
-`test_worker` is what each process runs; `run_dirs` starts it with `torchrun`. So it is with `test_worker_of_an_engine`:
+`test_worker` is what each process runs; `run_dirs` starts it with `torchrun`. As it, `test_worker_of_an_engine`:
 what fails in one process ends all.
 """
 
