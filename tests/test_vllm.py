@@ -7,6 +7,7 @@ on a CPU vLLM and the trainer differ by some 1e-5 nats; 1e-3 is what is allowed.
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import requests
 import torch
 from helpers import randomise_adapters
 from peft import LoraConfig, PeftModel
+from processes import launch, starter, task, worker
 from runs import adapter_state, assert_identical, base_state, config
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
@@ -318,6 +320,29 @@ def test_colocated_it_trains_as_without(tmp_path: Path, rows: Rows) -> None:
     expected, actual = adapter_state(plain.model, SELECTOR), adapter_state(served.model, SELECTOR)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=2e-3)
+
+
+@worker
+def test_worker_with_an_engine(rows: Rows) -> None:
+    """Two steps with vLLM beside the model of each process, on its own queries; afterwards both are still there."""
+    folder = Path(task()["folder"])
+    settings = {"use_vllm": True, "vllm_max_model_length": 1024, "model_init_kwargs": {"dtype": "float32"}}
+    args = config(folder / "run", identifiers="title", save_strategy="steps", save_steps=2, **settings)
+    trainer = DROTrainer(model=str(folder / "base"), args=args, train_dataset=rows(8, 6))
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    gaps = [e["sampling/logp_difference/max"] for e in trainer.state.log_history if "iw_elbo" in e]
+    assert len(gaps) == 2
+    assert max(gaps) <= PARITY
+    assert trainer.accelerator.gather(torch.ones(1)).sum() == 2
+
+
+@starter
+def test_each_process_has_its_engine(base: Path, tmp_path: Path) -> None:
+    """`vllm_mode=colocate` with two processes, on CPUs: both train against their own engine's permutations."""
+    shutil.copytree(base, tmp_path / "base")
+    launch(f"{__file__}::test_worker_with_an_engine", 2, "vllm", folder=str(tmp_path))
+    assert (tmp_path / "run" / "checkpoint-2" / SELECTOR).is_dir()
 
 
 # --------------------------------------------------------------------------------------------------------- the server

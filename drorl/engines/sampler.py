@@ -46,7 +46,7 @@ def choose_backend(config: DROConfig, processes: int = 1) -> tuple[str, str]:
     if config.generation_kwargs:
         return "transformers", "generation_kwargs are for its generate()"
     if processes > 1 and config.vllm_mode == "colocate":
-        return "transformers", "vllm_mode=colocate samples for one process"
+        return "transformers", "vllm_mode=colocate was not measured with several processes (use_vllm=True takes it)"
     return "vllm", "free text is decoded token by token, where it is faster (measured on a CPU, not on a GPU)"
 
 
@@ -117,13 +117,13 @@ def start_engine(config: DROConfig, pipeline: RAGPipeline, accelerator: Accelera
         return RemoteEngine(url, own, config.vllm_server_timeout, client, model.dtype, accelerator.is_main_process)
     from .vllm import LocalEngine
 
-    if accelerator.num_processes > 1:
-        raise EngineError("vllm_mode=colocate samples for one process; with several use vllm_mode=server")
     if base_fingerprint(base_folder(base), model) != base_fingerprint(base_folder(base)):
         raise EngineError(
             f"the base in memory is not the one in {base}, which vLLM would load: it has changed since, or is another "
             "revision. Save it (save_pretrained), and load the trainer's from there"
         )
+    # As in TRL, of several processes each has an engine of its own, in the process group that is there already.
+    backend = "external_launcher" if accelerator.num_processes > 1 else None
     return LocalEngine(
         base,
         model.dtype,
@@ -131,6 +131,7 @@ def start_engine(config: DROConfig, pipeline: RAGPipeline, accelerator: Accelera
         config.vllm_max_model_length,
         config.vllm_gpu_memory_utilization,
         seed=config.seed + accelerator.process_index,
+        distributed_executor_backend=backend,
     )
 
 
