@@ -155,8 +155,9 @@ def main() -> None:
                 way()
                 if repetition:
                     seconds[name].append(time.perf_counter() - start)
+        for parameter in pipeline.parameters(SELECTOR):
+            parameter.data.mul_(1.01)  # what the engine has already is not delivered again
         start = time.perf_counter()
-        engine.loaded.clear()
         engine.deliver(Adapter.of(pipeline.model, SELECTOR))
         seconds["sync"] = [time.perf_counter() - start]
         for name, values in seconds.items():

@@ -21,6 +21,7 @@ from trl.trainer.utils import RepeatSampler
 from .adapters import REFERENCE, ROLES, SELECTOR, load_adapter_weights, remember_selector
 from .errors import UserError
 from .pipeline import RAGPipeline
+from .randomness import RandomState
 
 CRITIC_FILE = "critic.safetensors"
 
@@ -36,9 +37,11 @@ class ResumableSampler(RepeatSampler):
 
     def __init__(self, sampler: RepeatSampler):
         self.__dict__ |= vars(sampler)  # whatever arguments TRL's takes, and its random state
+        self.epoch_began = RandomState()
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the order of an epoch; the data loader calls this at the beginning of each."""
+        self.epoch_began = RandomState()
         if self.shuffle:
             self.generator.manual_seed(self.seed)
             for _ in range(epoch):
@@ -73,9 +76,11 @@ class AtomicCheckpoints(GRPOTrainer):
     """The part of [`DROTrainer`] that saves both adapters and goes on from them."""
 
     pipeline: RAGPipeline
+    _step_began: tuple[int, RandomState] | None = None
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableSampler:
-        return ResumableSampler(super()._get_train_sampler(dataset))
+        self._train_sampler = ResumableSampler(super()._get_train_sampler(dataset))
+        return self._train_sampler
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self.pipeline.save_pretrained(output_dir or self.args.output_dir, state_dict)
@@ -116,15 +121,20 @@ class AtomicCheckpoints(GRPOTrainer):
 
     @contextmanager
     def saving_on(self, loss: type[UserError]) -> Generator[None]:
-        """Saves the run as it was on entry, the beginning of a step, before it stops for a `loss` from outside."""
-        random = torch.get_rng_state()
+        """Saves the run as it was at the beginning of the step before it stops for a `loss` from outside.
+
+        Entered for each micro-batch, of which the first is that beginning. An epoch's first step begins before its
+        data loader does, which takes a random number, and takes it again when the run goes on from there.
+        """
+        step, first = self.state.global_step, float(self.state.epoch or 0).is_integer()
+        if self._step_began is None or self._step_began[0] != step:
+            self._step_began = step, self._train_sampler.epoch_began if first else RandomState()
         try:
             yield
         except loss as error:
-            step = self.state.global_step
             if step == 0:
                 raise
-            torch.set_rng_state(random)
+            self._step_began[1].restore()
             self._save_checkpoint(self.model, None)
             raise loss(f"{error}. The run is saved at step {step}: go on with resume_from_checkpoint") from error
 

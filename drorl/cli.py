@@ -55,11 +55,13 @@ def serve(
         str, typer.Argument(help="A trained run, or the base model of a trainer with vllm_mode=server.")
     ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     dtype: Annotated[str, typer.Option(help="As the trainer's; auto measures on a CPU.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, tokens; default: the model's.")] = None,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory for vLLM.")] = 0.9,
-    max_lora_rank: Annotated[int, typer.Option(help="Largest rank of a trainer's adapters.")] = 64,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(help="Largest rank of a trainer's adapters; default: 64.")
+    ] = None,
     native_lora: Annotated[
         bool | None, typer.Option(help="Adapters as they are, not merged; default: on a GPU, and for a run.")
     ] = None,
@@ -70,9 +72,9 @@ def serve(
     try:
         from .engines.server import serve as serve_with_vllm
     except ImportError as error:
-        from .engines.vllm import INSTALL
+        from .engines.vllm import import_error
 
-        raise UserError(INSTALL) from error
+        raise import_error(error) from error
     serve_with_vllm(
         source,
         host,

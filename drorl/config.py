@@ -29,6 +29,7 @@ FIXED = {
     "vllm_tensor_parallel_size": 1,
     "vllm_enable_sleep_mode": False,
     "vllm_structured_outputs_regex": None,
+    "vllm_model_impl": "vllm",
 }
 
 
@@ -86,7 +87,7 @@ class DROConfig(DROSettings, GRPOConfig):
             be faster, see [`~engines.sampler.choose_backend`].
         max_sampling_logp_difference (`float`, *optional*, defaults to `0.5`): mean gap between vLLM's and the
             trainer's log-probability of a decision (or token), nats, at which the run stops, because another policy
-            is being sampled than the one that is trained; a fifth of it warns.
+            is being sampled than the one that is trained; a fifth of it warns, 0.01 if the model is in float32.
         weight_temperature (`float`, *optional*, defaults to `1.0`): tempers the answer's likelihood in the weights.
 
     Parameters that control the M-step
@@ -215,6 +216,8 @@ class DROConfig(DROSettings, GRPOConfig):
             self.use_vllm = True
         if self.use_vllm and self.proposal == "retriever":
             raise ValueError("proposal='retriever' samples nothing: leave use_vllm at False")
+        if self.use_vllm and self.generation_kwargs:
+            raise ValueError("generation_kwargs are for transformers' generate(): with use_vllm=True leave them out")
         for name, value in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by drorl: leave it at {value!r}")

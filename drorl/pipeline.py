@@ -111,7 +111,8 @@ class RAGPipeline:
 
         Raises:
             FileNotFoundError: if `run_dir` is not such a directory.
-            ValueError: if there is no such `backend`.
+            TypeError: if `backend` has no such keyword.
+            ValueError: if there is no such `backend`, or it is vLLM, which has no `device` to choose.
         """
         run_dir = Path(run_dir)
         if not (run_dir / SETTINGS_FILE).is_file():
@@ -119,9 +120,15 @@ class RAGPipeline:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
         if backend == "vllm":
+            if device is not None:
+                raise ValueError(
+                    f"device={device!r} is for backend='transformers': vLLM takes the one it is built for"
+                )
             from .engines.pipeline import EnginePipeline
 
             return EnginePipeline.load(run_dir, dtype, **engine)
+        if engine:
+            raise TypeError(f"backend='transformers' takes no {', '.join(engine)}")
         saved = json.loads((run_dir / SETTINGS_FILE).read_text())
         base, _ = load_model_and_tokenizer(saved["base_model"], dtype=dtype)
         model = PeftModel.from_pretrained(base, run_dir / SELECTOR, adapter_name=SELECTOR)

@@ -14,7 +14,6 @@ models; the policy is constrained to valid permutations unless `constrained=Fals
 Shapes: B queries, m permutations of each, K chosen, T decisions (constrained: K) or tokens (free text).
 """
 
-import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -32,7 +31,7 @@ from .adapters import GENERATOR, ROLES, SELECTOR, load_with_adapters
 from .backends import backend_of, refuse_dropout
 from .config import DROConfig
 from .data.rows import validate_rows
-from .engines.sampler import EngineSampler, choose_backend
+from .engines.sampler import sampler_for
 from .errors import InvalidInputError
 from .evaluation import Record
 from .losses import WEIGHTED, LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
@@ -56,7 +55,7 @@ from .rollouts import (
     sum_over_tokens,
 )
 from .states import checkpoints_gradients
-from .two_roles import TwoRoleTrainer, peak_memory
+from .two_roles import TwoRoleTrainer, peak_memory, trl_without
 
 SUPPORTED_ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 logger = logging.get_logger(__name__)
@@ -86,22 +85,6 @@ class DROTrainer(TwoRoleTrainer):
         callbacks, optimizers: as in `transformers.Trainer`.
     """
 
-    _tag_names = ["trl", "dro", "drorl"]
-    _name = "DRO"
-    _paper = {
-        "title": "Direct Retrieval-augmented Optimization: Synergizing Knowledge Selection and Language Models",
-        "id": "2505.03075",
-        "citation": textwrap.dedent("""\
-            @article{shi2025direct,
-                title        = {{Direct Retrieval-augmented Optimization: Synergizing Knowledge Selection and
-                                 Language Models}},
-                author       = {Zhengliang Shi and Lingyong Yan and Weiwei Sun and Yue Feng and Pengjie Ren and
-                                Xinyu Ma and Shuaiqiang Wang and Dawei Yin and Maarten de Rijke and Zhaochun Ren},
-                year         = 2025,
-                eprint       = {arXiv:2505.03075},
-            }"""),
-    }
-
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -123,20 +106,18 @@ class DROTrainer(TwoRoleTrainer):
             generator_model, generator_tokenizer = load_with_adapters(
                 generator_model, (GENERATOR,), peft_config, args.model_init_kwargs
             )
-        backend, reason = choose_backend(args)
-        args.use_vllm = False  # TRL's own engine would merge the adapter into the base and take it out again
-        beta, args.beta = args.beta, 0.0  # TRL's reference is a copy of an adapter `default`
-        super().__init__(
-            model=model,
-            reward_funcs=_no_reward,
-            args=args,
-            train_dataset=self._rows(train_dataset, args),
-            eval_dataset=None if eval_dataset is None else self._rows(eval_dataset, args),
-            processing_class=processing_class or tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self.beta = args.beta = beta
+        with trl_without(args, use_vllm=False, beta=0.0):
+            super().__init__(
+                model=model,
+                reward_funcs=_no_reward,
+                args=args,
+                train_dataset=self._rows(train_dataset, args),
+                eval_dataset=None if eval_dataset is None else self._rows(eval_dataset, args),
+                processing_class=processing_class or tokenizer,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        self.beta = args.beta
         if self.accelerator.distributed_type not in SUPPORTED_ENGINES:
             raise ValueError(f"{self.accelerator.distributed_type} is not supported: drorl averages gradients itself")
         if generator_model is not None:
@@ -163,9 +144,7 @@ class DROTrainer(TwoRoleTrainer):
             )
         for index, row in enumerate(self.train_dataset):
             self.pipeline.check_length(index, row["query"], row["candidates"])
-        args.use_vllm = backend == "vllm"
-        logger.info(f"rollout_backend={args.rollout_backend}: {backend}, {reason}")
-        self.sampler = EngineSampler(args, self.pipeline, self.accelerator) if args.use_vllm else None
+        self.sampler = sampler_for(args, self.pipeline, self.accelerator, self.train_dataset)
 
     @staticmethod
     def _rows(rows: Dataset | Sequence[Mapping[str, Any]], args: DROConfig) -> Dataset:
@@ -229,14 +208,6 @@ class DROTrainer(TwoRoleTrainer):
             "num_items_in_batch": self.accelerator.gather(count).sum(),
         }
 
-    def _generate_texts(self, questions: list[Question]) -> list[list[list[int]]]:
-        """Samples m texts of each query with TRL's own generation, as tokens."""
-        self.pipeline.role(SELECTOR)
-        m, prompts = self.num_generations, self.pipeline.prompts
-        repeated = [prompts.selector(q.row["query"], q.shown).ids for q in questions for _ in range(m)]
-        texts, _ = self._generate_single_turn(repeated, None, {}, m)
-        return [texts[i : i + m] for i in range(0, len(texts), m)]
-
     # --------------------------------------------------------------------------------------------------------- M-step
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """The M-step: weighs the permutations, trains both roles, and returns the last loss for its backward pass."""
@@ -266,7 +237,8 @@ class DROTrainer(TwoRoleTrainer):
             loss = output.loss + loss.detach()
             for name, value in output.metrics.items():
                 metrics[name] += share * value
-        self._log_means({**described, **metrics, "memory/peak_gib": peak_memory()})
+        watched = {} if self.sampler is None else self.sampler.watched()
+        self._log_means({**described, **metrics, **watched, "memory/peak_gib": peak_memory()})
         return loss
 
     def _batch_loss(
@@ -289,13 +261,16 @@ class DROTrainer(TwoRoleTrainer):
         if scored is None and train_selector and self._one_pass:
             scored = score_selector(self.pipeline, self.args, rollouts)
         selector_logps = self._selector_logps_now(rollouts, scored)
-        watched, correction = {}, None
+        correction = None
         if self.sampler is not None and selector_logps is not None:
             old = self._old_selector_logps(rollouts, selector_logps)
-            watched, correction = self.sampler.watch(rollouts, old), self.sampler.correction(rollouts, old)
+            correction = self.sampler.correction(rollouts, old)
+            self.sampler.watch(rollouts, old, correction)
         generator_logps = self._generator_logps(rollouts)
-        weighting = self._weigh(rollouts, selector_logps, generator_logps.detach(), correction)
-        loss, metrics = torch.zeros((), device=self.accelerator.device), {**weighting.metrics, **watched}
+        # A surrogate's loss is corrected itself; there a sample that is masked stays in its group, as in TRL.
+        in_weights = correction if args.selector_objective in (*WEIGHTED, "none") else None
+        weighting = self._weigh(rollouts, selector_logps, generator_logps.detach(), in_weights)
+        loss, metrics = torch.zeros((), device=self.accelerator.device), dict(weighting.metrics)
         scale = 1 / self.current_gradient_accumulation_steps
         if train_generator:
             output = self._generator_loss(rollouts, generator_logps, weighting)
@@ -342,12 +317,12 @@ class DROTrainer(TwoRoleTrainer):
         """Returns log p_s under the current selector without gradient, `(B, m, T)`; `None`: nothing depends on it.
 
         On policy these are the E-step's. Otherwise the selector has moved since, and the weights follow it. An
-        engine's are not the trainer's own.
+        engine's are not the trainer's own, and are compared with these though the selector is frozen.
         """
         if scored is not None:
             return scored.token_logps.detach()
         known = [r.old_selector_logps for r in rollouts if r.old_selector_logps is not None]
-        if self.args.selector_objective == "none" or (self._on_policy and self.sampler is None):
+        if self.sampler is None and (self._on_policy or self.args.selector_objective == "none"):
             return stack(known).to(self.args.device) if len(known) == len(rollouts) else None
         with torch.no_grad():
             return score_selector(self.pipeline, self.args, rollouts).token_logps

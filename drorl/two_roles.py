@@ -1,7 +1,8 @@
 """What the Trainer does for one model, done for two roles: gradients, optimizer, clipping, evaluation, logs."""
 
 import resource
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -10,13 +11,16 @@ from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from trl import GRPOConfig
 from trl.trainer.utils import disable_dropout_in_model
 
 from .adapters import GENERATOR, SELECTOR
 from .checkpoints import AtomicCheckpoints
 from .engines.base import EngineError
+from .engines.sampler import EngineSampler
 from .evaluation import Record, aggregate, evaluate_rows
 from .pipeline import RAGPipeline
+from .rollouts import Question
 
 
 def peak_memory() -> float:
@@ -26,10 +30,26 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
+@contextmanager
+def trl_without(config: GRPOConfig, **settings: Any) -> Generator[None]:
+    """TRL's trainer is built as if it had these settings: what it would do for them, drorl does in another way.
+
+    Its vLLM engine would merge the adapter into the base and take it out again, its reference is a copy of an adapter
+    `default`.
+    """
+    wanted = {name: getattr(config, name) for name in settings}
+    vars(config).update(settings)
+    try:
+        yield
+    finally:
+        vars(config).update(wanted)
+
+
 class TwoRoleTrainer(AtomicCheckpoints):
     """A trainer of the selector and the generator in `pipeline`, each with its own loss and learning rate."""
 
     pipeline: RAGPipeline
+    sampler: EngineSampler | None
     last_records: list[Record]
 
     def _prepared(self, generator_model: PeftModel) -> PeftModel:
@@ -90,6 +110,14 @@ class TwoRoleTrainer(AtomicCheckpoints):
                 p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
         return loss
 
+    def _generate_texts(self, questions: list[Question]) -> list[list[list[int]]]:
+        """Samples m texts of each query with TRL's own generation, as tokens."""
+        self.pipeline.role(SELECTOR)
+        m, prompts = self.num_generations, self.pipeline.prompts
+        repeated = [prompts.selector(q.row["query"], q.shown).ids for q in questions for _ in range(m)]
+        texts, _ = self._generate_single_turn(repeated, None, {}, m)
+        return [texts[i : i + m] for i in range(0, len(texts), m)]
+
     def _log_means(self, metrics: Mapping[str, torch.Tensor | float]) -> None:
         """Logs each scalar's mean over processes."""
         mode = "train" if self.model.training else "eval"
@@ -97,6 +125,11 @@ class TwoRoleTrainer(AtomicCheckpoints):
         values = torch.stack([scalar.to(self.accelerator.device) for scalar in scalars])
         for name, value in zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True):
             self._metrics[mode][name].append(value)
+
+    def close(self) -> None:
+        """Stops the engine that samples, or gives its server back; this happens with the end of the trainer too."""
+        if self.sampler is not None:
+            self.sampler.close()
 
     def evaluate(
         self,

@@ -1,7 +1,14 @@
-"""An engine that is no vLLM: a second model, which knows of the trainer's only what was delivered to it."""
+"""An engine that is no vLLM, and its server: a second model, which knows of the trainer's what was delivered to it."""
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import http.server
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -44,10 +51,14 @@ class SecondModel(Engine):
 
     def next_token_logps(
         self, version: str, prompts: Sequence[Sequence[int]], branches: Sequence[Branch]
-    ) -> list[list[float]]:
-        if version != self.delivered[-1]:
+    ) -> tuple[str, list[list[float]]]:
+        logps = [self._logps([*prompts[b.prompt], *b.context])[list(b.allowed)].tolist() for b in branches]
+        return self._answered(version), logps
+
+    def _answered(self, version: str) -> str:
+        if version not in self.delivered[-1:]:
             raise StaleAdapterError(f"not {version}")
-        return [self._logps([*prompts[b.prompt], *b.context])[list(b.allowed)].tolist() for b in branches]
+        return self.delivered[-1]
 
     def generate(
         self,
@@ -57,9 +68,10 @@ class SecondModel(Engine):
         end_id: int,
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
-    ) -> list[Completion]:
+    ) -> tuple[str, list[Completion]]:
         pairs = zip(prompts, seeds or [0] * len(prompts), strict=True)
-        return [self._text(prompt, max_tokens, end_id, temperature, seed) for prompt, seed in pairs]
+        texts = [self._text(prompt, max_tokens, end_id, temperature, seed) for prompt, seed in pairs]
+        return self._answered(version), texts
 
     def _text(self, prompt: Sequence[int], max_tokens: int, end_id: int, temperature: float, seed: int) -> Completion:
         generator = torch.Generator().manual_seed(seed)
@@ -74,3 +86,88 @@ class SecondModel(Engine):
 
     def close(self) -> None:
         pass
+
+
+class StandInServer(http.server.ThreadingHTTPServer):
+    """Speaks with [`RemoteEngine`] as `drorl serve` does, and answers with a [`SecondModel`].
+
+    Args:
+        engine ([`SecondModel`]): answers.
+        base (`str`): fingerprint of its base.
+    """
+
+    def __init__(self, engine: SecondModel, base: str):
+        super().__init__(("127.0.0.1", 0), _Routes)
+        self.engine, self.base, self.trainer = engine, base, ""
+        self.asked: list[str] = []
+        self.delay = 0.0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def forget(self) -> None:
+        """As after a restart."""
+        self.trainer = ""
+        self.engine.delivered.clear()
+
+
+class _Routes(http.server.BaseHTTPRequestHandler):
+    server: StandInServer
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _handle(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append(f"{self.command} {self.path}")
+        time.sleep(self.server.delay)
+        status, answer = self._answer(self.path.removeprefix("/drorl/"), body, self.headers["X-Drorl-Client"])
+        self.send_response(status)
+        self.end_headers()
+        with contextlib.suppress(BrokenPipeError):
+            self.wfile.write(json.dumps(answer if status == 200 else {"error": {"message": answer}}).encode())
+
+    do_POST = do_PUT = do_DELETE = _handle
+
+    def _answer(self, path: str, body: bytes, client: str) -> tuple[int, Any]:
+        server, engine = self.server, self.server.engine
+        if (self.command, path) == ("POST", "client"):
+            if json.loads(body)["base"] != server.base:
+                return 412, "this server serves another base"
+            if server.trainer not in ("", client):
+                return 423, f"another trainer ({server.trainer}) was here"
+            server.trainer = client
+            return 200, {"window": engine.window, "dtype": "float32"}
+        if client != server.trainer:
+            return 409, f"this server does not know the trainer {client}"
+        if self.command == "DELETE":
+            server.trainer = ""
+        if self.command in ("DELETE", "POST") and path in ("client", "heartbeat"):
+            return 200, {}
+        if self.command == "PUT":
+            return 200, {"version": engine.deliver(Adapter(path.rsplit("/", 1)[1], body))}
+        asked = json.loads(body)
+        try:
+            if path == "logps":
+                asked["branches"] = [Branch(**branch) for branch in asked["branches"]]
+                version, logps = engine.next_token_logps(**asked)
+                return 200, {"version": version, "logps": logps}
+            version, texts = engine.generate(**asked)
+            return 200, {"version": version, "completions": [dataclasses.asdict(text) for text in texts]}
+        except StaleAdapterError as error:
+            return 409, str(error)
+
+
+@contextlib.contextmanager
+def standing_in(engine: SecondModel, base: str) -> Iterator[StandInServer]:
+    """The server, until the block ends."""
+    server = StandInServer(engine, base)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

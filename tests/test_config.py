@@ -71,6 +71,8 @@ REJECTED: list[tuple[dict[str, Any], list[str]]] = [
     ({"use_vllm": True, "rollout_backend": "transformers"}, ["use_vllm=True", "contradict"]),
     ({"use_vllm": True, "proposal": "retriever", "num_generations": 1}, ["proposal='retriever' samples nothing"]),
     ({"max_sampling_logp_difference": 0.0}, ["max_sampling_logp_difference must be above 0"]),
+    ({"use_vllm": True, "generation_kwargs": {"num_beams": 2}}, ["generation_kwargs", "use_vllm=True"]),
+    ({"vllm_model_impl": "transformers"}, ["vllm_model_impl='transformers' is not supported"]),
     ({"vllm_enable_sleep_mode": True}, ["vllm_enable_sleep_mode=True is not supported"]),
 ]
 

@@ -121,6 +121,27 @@ def test_the_composed_trainer_accepts_its_settings() -> None:
     assert int(settings.vllm_server_base_url.rsplit(":", 1)[1]) in map(int, services["server"]["expose"])
 
 
+def test_what_is_written_in_a_container_has_room_there() -> None:
+    """Volumes with a name belong to the image's user; a directory of the host does not, so it is only read."""
+    composed: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    for service in composed["services"].values():
+        places = dict(volume.split(":", 1) for volume in service["volumes"])
+        assert {"/cache", "/outputs"} <= set(places.values())
+        for source, place in places.items():
+            assert source in composed["volumes"] or place.endswith(":ro")
+
+
+def test_a_server_has_the_time_to_start_and_is_started_again() -> None:
+    """A large model is downloaded first; `drorl serve` exits with 1 when its engine has died (test_vllm.py)."""
+    [check] = [text for keyword, text in instructions("Dockerfile") if keyword == "HEALTHCHECK"]
+    assert int(re.search(r"--start-period=(\d+)m", check)[1]) >= 60
+    services: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert services["server"]["restart"] == "on-failure"
+    assert "--exit-code-from trainer" not in (DOCKER / "compose.yaml").read_text()  # it ends all with the first exit
+    timeout = next(part for part in services["trainer"]["command"] if part.startswith("--vllm_server_timeout="))
+    assert float(timeout.split("=")[1]) > 240
+
+
 @pytest.mark.slow
 def test_the_cpu_images_steps_install_a_drorl_that_runs(tmp_path: Path) -> None:
     """The builder's steps, as a script in an empty environment, and then the image's command with --help."""

@@ -175,3 +175,21 @@ def test_a_directory_that_is_no_run_is_an_error(tmp_path: Path) -> None:
         RAGPipeline.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="drorl.json"):
         RAGPipeline.from_pretrained(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "words"),
+    [
+        ({"window": 99}, TypeError, "'transformers' takes no window"),
+        ({"backend": "vllm", "device": "cuda:1"}, ValueError, "device='cuda:1'"),
+        ({"backend": "vllm", "windows": 99}, TypeError, "windows"),
+        ({"backend": "jax"}, ValueError, "'jax'"),
+    ],
+)
+def test_a_keyword_that_a_backend_does_not_have_is_an_error(
+    keywords: dict[str, Any], error: type[Exception], words: str, make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    """It is not ignored, as a misspelt one would be."""
+    make_pipeline().save_pretrained(tmp_path)
+    with pytest.raises(error, match=words):
+        RAGPipeline.from_pretrained(tmp_path, **keywords)

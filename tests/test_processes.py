@@ -1,29 +1,31 @@
 """Two processes on one machine train as one does: the batch is shared out, and nothing else changes.
 
-`test_worker` is what each process runs; `run_dirs` starts it with `torchrun`.
+`test_worker` is what each process runs; `run_dirs` starts it with `torchrun`. As it, `test_worker_of_an_engine`:
+what fails in one process ends all.
 """
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engines import SecondModel
 from peft import LoraConfig, get_peft_model
+from processes import launch, starter, task, worker
 from runs import largest_difference
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from drorl.adapters import GENERATOR, SELECTOR
+from drorl.engines.base import EngineError
+from drorl.engines.sampler import EngineSampler
 from drorl.trainer import DROTrainer
 
 pytestmark = pytest.mark.slow
 ROLES = (SELECTOR, GENERATOR)
-WORK = "DRORL_TEST_WORK"
 CASES: dict[str, dict[str, Any]] = {
     "shared base": {},
     "separate bases, checkpointing, clipped": {
@@ -45,16 +47,11 @@ def run_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Number of processes -> the directory of the runs of all cases by so many."""
     work = tmp_path_factory.mktemp("processes")
     for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += ["-m", "pytest", __file__, "-m", "slow", "-k", "test_worker", "-q", "-p", "no:cacheprovider"]
-        task = json.dumps({"run_dir": str(work / str(processes)), "processes": processes})
-        environment = os.environ | {WORK: task, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-3000:]
+        launch(f"{__file__}::test_worker", processes, "slow", run_dir=str(work / str(processes)), processes=processes)
     return {processes: work / str(processes) for processes in (1, 2)}
 
 
-@pytest.mark.skipif(WORK not in os.environ, reason="runs inside the processes that the other test starts")
+@worker
 @pytest.mark.parametrize("case", CASES)
 def test_worker(
     case: str,
@@ -64,14 +61,14 @@ def test_worker(
     lora: LoraConfig,
 ) -> None:
     """Two steps of four queries each, in one process or shared by two; all first choices, so nothing is random."""
-    task = json.loads(os.environ[WORK])
-    settings, run_dir = dict(CASES[case]), Path(task["run_dir"]) / case
+    given = task()
+    settings, run_dir = dict(CASES[case]), Path(given["run_dir"]) / case
     models: dict[str, Any] = {}
     torch.manual_seed(int(os.environ["RANK"]))  # adapters that differ: those of the first process count
     if settings.pop("separate", False):
         models["model"] = get_peft_model(tiny_model(), lora, adapter_name=SELECTOR)
         models["generator_model"] = get_peft_model(tiny_model(seed=1), lora, adapter_name=GENERATOR)
-    queries = 4 // task["processes"] // settings.get("gradient_accumulation_steps", 1)
+    queries = 4 // given["processes"] // settings.get("gradient_accumulation_steps", 1)
     trainer = make_trainer(
         **models,
         train_rows=rows(8, 6),
@@ -88,7 +85,7 @@ def test_worker(
         seed=3,
         **({"max_grad_norm": 0.0} | settings),
     )
-    assert trainer.accelerator.num_processes == task["processes"]
+    assert trainer.accelerator.num_processes == given["processes"]
     trainer.train()
     metrics = trainer.evaluate()
     assert len(trainer.last_records) == 3
@@ -97,7 +94,7 @@ def test_worker(
         (run_dir / "metrics.json").write_text(json.dumps(numbers))
 
 
-@pytest.mark.skipif(WORK in os.environ, reason="this is a worker")
+@starter
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(case: str, run_dirs: dict[int, Path]) -> None:
     """Adapters after two steps and evaluation agree to float32 rounding; a checkpoint is whole for both processes."""
@@ -113,3 +110,39 @@ def test_two_processes_train_as_one(case: str, run_dirs: dict[int, Path]) -> Non
     assert sorted(path.name for path in together.glob("checkpoint-*")) == ["checkpoint-2"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (together / "checkpoint-2").iterdir()}
     assert not (together / ".incomplete").exists()
+
+
+@worker
+@pytest.mark.parametrize("fault", ["lost", "far off"])
+def test_worker_of_an_engine(
+    fault: str, make_trainer: Callable[..., DROTrainer], tiny_model: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    """After a step the second process loses its engine, or samples something else: both stop, and the run is saved.
+
+    With `max_tokens_per_forward` one has more batches than the other, so they meet at the end of a step only.
+    """
+    rank, run_dir = int(os.environ["RANK"]), Path(task()["run_dir"]) / fault.replace(" ", "-")
+    trainer = make_trainer(output_dir=str(run_dir), max_steps=3, max_tokens_per_forward=300 if rank else 3000)
+    engine = SecondModel(tiny_model(), tmp_path / "engine")
+    trainer.sampler = EngineSampler(trainer.args, trainer.pipeline, trainer.accelerator, engine)
+    answer = engine.next_token_logps
+
+    def failing(*arguments: Any) -> Any:
+        version, logps = answer(*arguments)
+        if trainer.state.global_step == 1 and rank == 1:
+            if fault == "lost":
+                raise EngineError("this one is gone")
+            logps = [[logp - 5 * i for i, logp in enumerate(row)] for row in logps]
+        return version, logps
+
+    engine.next_token_logps = failing
+    words = "this one is gone" if fault == "lost" else "not the policy that is being trained"
+    with pytest.raises(EngineError, match=f"{words}.* The run is saved at step 1"):
+        trainer.train()
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (run_dir / "checkpoint-1").iterdir()}
+
+
+@starter
+def test_an_engine_lost_by_one_process_ends_both(tmp_path: Path) -> None:
+    """Neither waits for the other: both raise, and the checkpoint is whole."""
+    launch(f"{__file__}::test_worker_of_an_engine", 2, "slow", run_dir=str(tmp_path))

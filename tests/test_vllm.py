@@ -7,6 +7,7 @@ on a CPU vLLM and the trainer differ by some 1e-5 nats; 1e-3 is what is allowed.
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,17 +17,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 import torch
 from helpers import randomise_adapters
 from peft import LoraConfig, PeftModel
+from processes import launch, starter, task, worker
 from runs import adapter_state, assert_identical, base_state, config
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from drorl.adapters import ROLES, SELECTOR, activate, add_adapters
-from drorl.engines.base import Branch, EngineDecisions, EngineError
-from drorl.engines.delivery import Adapter
+from drorl.engines.base import Branch, Completion, Engine, EngineDecisions, EngineError
+from drorl.engines.delivery import Adapter, base_fingerprint
 from drorl.engines.remote import RemoteEngine
 from drorl.engines.vllm import LocalEngine
 from drorl.errors import InvalidInputError
@@ -99,6 +102,13 @@ def reference(model: PeftModel, prompts: list[list[int]], branches: list[Branch]
     return torch.stack([torch.log_softmax(x, -1)[list(b.allowed)] for x, b in zip(logits, branches, strict=True)])
 
 
+def answered(engine: Engine, version: str, prompts: list[list[int]], branches: list[Branch]) -> torch.Tensor:
+    """What the version that is asked answers."""
+    answering, logps = engine.next_token_logps(version, prompts, branches)
+    assert answering == version
+    return torch.tensor(logps)
+
+
 # --------------------------------------------------------------------------------------------------- the same numbers
 def test_twenty_syncs_arrive(engine: LocalEngine, base: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """After each of 20 strong updates the engine has the trainer's log-probabilities, and the base is untouched."""
@@ -109,7 +119,7 @@ def test_twenty_syncs_arrive(engine: LocalEngine, base: Path, tokenizer: PreTrai
     for seed in range(20):
         randomise_adapters(model, seed)
         version = engine.deliver(Adapter.of(model, SELECTOR))
-        answers = torch.tensor(engine.next_token_logps(version, prompts, branches))
+        answers = answered(engine, version, prompts, branches)
         assert (answers - reference(model, prompts, branches)).abs().mean() <= PARITY
         if last is not None:
             moved.append(float((answers - last).abs().mean()))
@@ -158,13 +168,43 @@ def test_free_text_has_its_log_probabilities(
     """Sampled at a temperature, each token has the trainer's log-probability at it; seeds make texts repeatable."""
     model, prompt = adapted(base), probes(tokenizer)[0][0]
     version = engine.deliver(Adapter.of(model, SELECTOR))
-    texts = engine.generate(version, [prompt] * 4, 12, tokenizer.eos_token_id, 1.7, [0, 1, 2, 0])
-    assert texts[0].tokens == texts[3].tokens != texts[1].tokens
+    answering, texts = engine.generate(version, [prompt] * 4, 12, tokenizer.eos_token_id, 1.7, [0, 1, 2, 0])
+    assert answering == version
+    assert_texts(model, prompt, texts, 1.7)
+
+
+def assert_texts(model: PeftModel, prompt: list[int], texts: list[Completion], temperature: float) -> None:
+    """The first and the last of these texts have one seed, and all have the trainer's log-probabilities."""
+    assert texts[0].tokens == texts[-1].tokens != texts[1].tokens
     for text in texts:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*prompt, *text.tokens]])).logits[0, len(prompt) - 1 : -1]
-        expected = torch.log_softmax(logits / 1.7, -1).gather(1, torch.tensor(text.tokens)[:, None])[:, 0]
+        expected = torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(text.tokens)[:, None])[:, 0]
         assert (torch.tensor(text.logps) - expected).abs().mean() <= PARITY
+
+
+def test_any_number_of_tokens_may_be_allowed(
+    engine: LocalEngine, base: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """300 of them, which is more than one request of vLLM's takes: all are answered, in their order."""
+    model, [prompt, *_] = adapted(base), probes(tokenizer)[0]
+    version = engine.deliver(Adapter.of(model, SELECTOR))
+    branches = [Branch(0, [7], [3]), Branch(0, [], [*range(300)][::-1]), Branch(0, [], [*range(10, 139)])]
+    _, logps = engine.next_token_logps(version, [prompt], branches)
+    for branch, row in zip(branches, logps, strict=True):
+        [expected] = reference(model, [prompt], [branch])
+        assert (torch.tensor(row) - expected).abs().max() <= PARITY
+
+
+def test_an_adapter_that_is_delivered_twice_is_there(engine: LocalEngine, base: Path) -> None:
+    """Also where the engine no longer knows that it has it."""
+    adapter = Adapter.of(adapted(base), SELECTOR)
+    version = engine.deliver(adapter)
+    engine.loaded.clear()
+    assert engine.deliver(adapter) == version
+    assert engine.next_token_logps(version, [[5, 6]], [Branch(0, [], [7])])[0] == version
+    if engine.native_lora:
+        assert Path(engine.loaded[version].path).is_dir()
 
 
 # ----------------------------------------------------------------------------------------------- the same distribution
@@ -282,6 +322,29 @@ def test_colocated_it_trains_as_without(tmp_path: Path, rows: Rows) -> None:
         torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=2e-3)
 
 
+@worker
+def test_worker_with_an_engine(rows: Rows) -> None:
+    """Two steps with vLLM beside the model of each process, on its own queries; afterwards both are still there."""
+    folder = Path(task()["folder"])
+    settings = {"use_vllm": True, "vllm_max_model_length": 1024, "model_init_kwargs": {"dtype": "float32"}}
+    args = config(folder / "run", identifiers="title", save_strategy="steps", save_steps=2, **settings)
+    trainer = DROTrainer(model=str(folder / "base"), args=args, train_dataset=rows(8, 6))
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    gaps = [e["sampling/logp_difference/max"] for e in trainer.state.log_history if "iw_elbo" in e]
+    assert len(gaps) == 2
+    assert max(gaps) <= PARITY
+    assert trainer.accelerator.gather(torch.ones(1)).sum() == 2
+
+
+@starter
+def test_each_process_has_its_engine(base: Path, tmp_path: Path) -> None:
+    """`vllm_mode=colocate` with two processes, on CPUs: both train against their own engine's permutations."""
+    shutil.copytree(base, tmp_path / "base")
+    launch(f"{__file__}::test_worker_with_an_engine", 2, "vllm", folder=str(tmp_path))
+    assert (tmp_path / "run" / "checkpoint-2" / SELECTOR).is_dir()
+
+
 # --------------------------------------------------------------------------------------------------------- the server
 @contextlib.contextmanager
 def serving(source: Path | str, log: Path, *arguments: str, port: int | None = None) -> Iterator[tuple[str, Any]]:
@@ -327,9 +390,9 @@ def test_a_trainer_and_its_server(tmp_path: Path, rows: Rows, base: Path) -> Non
         served = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 3}
         trainer = smollm2_trainer(tmp_path / "run", rows, max_steps=7, **served)
         with pytest.raises(EngineError, match="another base"):
-            RemoteEngine(url, str(base), timeout=3)
+            RemoteEngine(url, base_fingerprint(base), timeout=3)
         with pytest.raises(EngineError, match="a server samples for one trainer"):
-            RemoteEngine(url, model, timeout=3)
+            RemoteEngine(url, base_fingerprint(Path(model)), timeout=1, client="another")
         port = int(url.rsplit(":", 1)[1])
         taken = subprocess.run(
             [str(Path(sys.executable).with_name("drorl")), "serve", model, "--port", str(port)],
@@ -356,12 +419,12 @@ def test_a_trainer_and_its_server(tmp_path: Path, rows: Rows, base: Path) -> Non
     assert (tmp_path / "run" / "checkpoint-5" / "selector").is_dir()
 
     # Started again, it knows nothing; the trainer that still runs brings its adapter once more.
-    with serving(model, tmp_path / "second.log", port=port):
+    with serving(model, tmp_path / "second.log", port=port) as (_, process):
         engine.timeout = 60
         adapter = Adapter.of(trainer.model, SELECTOR)
         prompts, branches = [[50, 60, 70, 80]], [Branch(0, [90], [5, 6, 7])]
         version = engine.deliver(adapter)
-        answers = torch.tensor(engine.next_token_logps(version, prompts, branches))
+        answers = answered(engine, version, prompts, branches)
         assert (answers - reference(trainer.pipeline.role(SELECTOR), prompts, branches)).abs().max() <= PARITY
         # Another adapter than the trainer's, put there behind its back, is noticed and replaced.
         other = smollm2_trainer(tmp_path / "other", rows).model
@@ -371,9 +434,22 @@ def test_a_trainer_and_its_server(tmp_path: Path, rows: Rows, base: Path) -> Non
             data=Adapter.of(other, SELECTOR).content,
             headers={"X-Drorl-Client": engine.client},
         ).raise_for_status()
-        again = torch.tensor(engine.next_token_logps(version, prompts, branches))
-        torch.testing.assert_close(again, answers)
-        engine.close()
+        torch.testing.assert_close(answered(engine, version, prompts, branches), answers)
+        # Free text through the server is the trainer's too.
+        _, texts = engine.generate(version, prompts * 3, 6, 2, 1.3, [0, 1, 0])
+        assert_texts(trainer.pipeline.role(SELECTOR), prompts[0], texts, 1.3)
+        trainer.close()
+        served |= {"constrained": False, "max_completion_length": 8, "max_steps": 1}
+        free = smollm2_trainer(tmp_path / "free", rows, **served)
+        free.train()
+        [gap] = [e["sampling/logp_difference/mean"] for e in free.state.log_history if "iw_elbo" in e]
+        assert gap <= PARITY
+        # The engine is a process of its own: without it the server ends, and says that this was no success.
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        assert process.wait(60) == 1
+        assert "engine has died" in (tmp_path / "second.log").read_text()
+        free.close()
 
 
 # ------------------------------------------------------------------------------------------------------- a served run
@@ -390,7 +466,7 @@ def run_dir(base: Path, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: py
 def test_a_served_run(run_dir: Path, rows: Rows, tmp_path: Path) -> None:
     """Selections and answers are the pipeline's own; bad requests are told what is wrong, and the server lives on."""
     ours = RAGPipeline.from_pretrained(run_dir, dtype="float32")
-    with serving(run_dir, tmp_path / "serve.log", "--max-passages", "9", "--max-body-mib", "0.05") as (url, _):
+    with serving(run_dir, tmp_path / "serve.log", "--max-passages", "9", "--max-body-mib", "0.05") as (url, process):
         assert "127.0.0.1" in url
         for row in rows(3, 6):
             question = {"query": row["query"], "candidates": row["candidates"]}
@@ -425,6 +501,8 @@ def test_a_served_run(run_dir: Path, rows: Rows, tmp_path: Path) -> None:
             assert words in response.text
         assert requests.post(f"{url}/answer", data="{no json").status_code == 400
         assert requests.get(f"{url}/health").ok
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 def test_a_pipeline_on_vllm(run_dir: Path, rows: Rows) -> None:

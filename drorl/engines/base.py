@@ -52,7 +52,8 @@ class Completion:
 class Engine(ABC):
     """A vLLM engine with the adapters of one base.
 
-    Every question names the version of the adapter that has to answer it; see [`delivery`].
+    Every question names the version of the adapter that has to answer it, and every answer the one that did; see
+    [`delivery`].
     """
 
     window: int
@@ -65,8 +66,10 @@ class Engine(ABC):
     @abstractmethod
     def next_token_logps(
         self, version: str, prompts: Sequence[Sequence[int]], branches: Sequence[Branch]
-    ) -> list[list[float]]:
-        """Returns log p(token | prompt, context) of the allowed tokens of each branch, nats, over the vocabulary.
+    ) -> tuple[str, list[list[float]]]:
+        """Returns who answers, and log p(token | prompt, context) of the allowed tokens of each branch, nats.
+
+        They are normalised over the vocabulary.
 
         Raises:
             StaleAdapterError: if the engine does not have `version`.
@@ -81,8 +84,8 @@ class Engine(ABC):
         end_id: int,
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
-    ) -> list[Completion]:
-        """Returns one text per prompt; temperature 0 is greedy.
+    ) -> tuple[str, list[Completion]]:
+        """Returns who answers, and one text per prompt; temperature 0 is greedy.
 
         Args:
             version (`str`): of the adapter.
@@ -129,8 +132,9 @@ class EngineDecisions(Drawing):
 
     def __init__(self, policy: SelectorPolicy, engine: Engine, version: str, prompts: Sequence[SelectorPrompt]):
         super().__init__(policy, prompts)
-        self._engine, self._version = engine, version
-        self._cached = False
+        self._engine, self._asked = engine, version
+        self.version: str | None = None
+        """Of the adapter that has answered; `None`: nothing was asked."""
         for prompt in prompts:
             engine.check_window([prompt.ids], prompt.slate.max_length)
 
@@ -150,10 +154,17 @@ class EngineDecisions(Drawing):
         return rows
 
     def _scores(self, branches: Sequence[Branch]) -> list[list[float]]:
-        prompts = [prompt.ids for prompt in self.prompts]
-        if not self._cached:
-            # Requests that arrive together do not share what they begin with: one of each prompt goes first.
-            first = {branch.prompt: branch for branch in reversed(branches)}
-            self._engine.next_token_logps(self._version, prompts, list(first.values()))
-            self._cached = True
-        return self._engine.next_token_logps(self._version, prompts, branches) if branches else []
+        if not branches:
+            return []
+        # Requests that arrive together do not share what they begin with: one of each prompt goes first.
+        first = {branch.prompt: branch for branch in reversed(branches)}
+        if self.version is None and len(first) < len(branches):
+            self._answers(list(first.values()))
+        return self._answers(branches)
+
+    def _answers(self, branches: Sequence[Branch]) -> list[list[float]]:
+        version, logps = self._engine.next_token_logps(self._asked, [prompt.ids for prompt in self.prompts], branches)
+        if self.version not in (None, version):
+            raise StaleAdapterError(f"the engine's adapter has changed under the questions: {self.version}, {version}")
+        self.version = version
+        return logps

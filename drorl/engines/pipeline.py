@@ -63,7 +63,7 @@ class EnginePipeline(RAGPipeline):
     def generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Returns the generator's greedy continuation of each tokenized prompt."""
         length, end_id = self.settings.max_answer_length, self.generator_prompts.end_id
-        texts = self.engine.generate(self.versions[GENERATOR], prompts, length, end_id)
+        _, texts = self.engine.generate(self.versions[GENERATOR], prompts, length, end_id)
         decoded = self.generator_tokenizer.batch_decode([text.tokens for text in texts], skip_special_tokens=True)
         return [text.strip() for text in decoded]
 

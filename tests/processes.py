@@ -1,0 +1,27 @@
+"""Tests that run as several processes: one test starts another, the worker, under `torchrun`."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+_TASK = "DRORL_TEST_TASK"
+worker = pytest.mark.skipif(_TASK not in os.environ, reason="runs inside the processes that another test starts")
+starter = pytest.mark.skipif(_TASK in os.environ, reason="this is a worker")
+
+
+def task() -> dict[str, Any]:
+    """What the worker was given to do."""
+    return json.loads(os.environ[_TASK])
+
+
+def launch(test: str, processes: int, marker: str, **given: Any) -> None:
+    """Runs a worker, `file::name`, in so many processes, on CPUs and one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", "pytest", "-m", marker, "-q", "-p", "no:cacheprovider", test]
+    environment = os.environ | {_TASK: json.dumps(given), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-3000:]
