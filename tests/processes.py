@@ -18,7 +18,7 @@ def task() -> dict[str, Any]:
     return json.loads(os.environ[_TASK])
 
 
-def launch(test: str, processes: int, marker: str, **given: Any) -> None:
+def launch(test: str, processes: int, marker: str, /, **given: Any) -> None:
     """Runs a worker, `file::name`, in so many processes, on CPUs and one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", "pytest", "-m", marker, "-q", "-p", "no:cacheprovider", test]

@@ -84,8 +84,8 @@ def agreed(work: Callable[[], T]) -> T:
         results.append(work())
     except UserError as error:
         failure = error
-    texts = [text for text in gather_object([failure and str(failure)]) if text]
-    if texts or failure is not None:
+    texts = [text for text in gather_object([None if failure is None else str(failure)]) if text is not None]
+    if texts:
         raise EngineError(texts[0]) from failure
     return results[0]
 
