@@ -10,11 +10,13 @@ makes new ones; the ways alternate, medians of the repetitions are reported. The
     vllm              one request per decision behind a cached prompt (`rollout_backend=vllm`)
     vllm tokens       one request per permutation, decoded token by token under a logits processor over the trie
     ... free text     24 tokens without a constraint, of the first 4 queries
+    ... whole steps   training steps of 4 queries, drawn by turns by the trainer's own model and by vLLM (--steps)
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,13 +25,16 @@ import torch
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
+from transformers import TrainerCallback
 from vllm import SamplingParams, TokensPrompt
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from drorl import DROConfig, DROTrainer
 from drorl.adapters import ROLES, SELECTOR, activate, add_adapters
 from drorl.data.vitalqa import load_vitalqa
 from drorl.engines.base import EngineDecisions
 from drorl.engines.delivery import Adapter
+from drorl.engines.sampler import EngineSampler
 from drorl.engines.vllm import LocalEngine
 from drorl.models import load_model_and_tokenizer
 from drorl.pipeline import PipelineSettings, RAGPipeline
@@ -131,11 +136,54 @@ def ways(pipeline: RAGPipeline, prompts: list[SelectorPrompt], engine: LocalEngi
     return constrained | ({"transformers, free text": transformers_free, "vllm, free text": vllm_free} if free else {})
 
 
+class ByTurns(TrainerCallback):
+    """Lets the trainer's own model and vLLM draw the permutations of every other step, and times the steps."""
+
+    def __init__(self, trainer: DROTrainer, engine: LocalEngine):
+        self.trainer = trainer
+        self.samplers = {
+            "transformers": None,
+            "vllm": EngineSampler(trainer.args, trainer.pipeline, trainer.accelerator, engine),
+        }
+        self.seconds: dict[str, list[float]] = {name: [] for name in self.samplers}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.name = list(self.samplers)[state.global_step % 2]
+        self.trainer.sampler = self.samplers[self.name]
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds[self.name].append(time.perf_counter() - self.start)
+
+
+def whole_steps(pipeline: RAGPipeline, engine: LocalEngine, steps: int, folder: str) -> dict[str, list[float]]:
+    """Returns the seconds of whole training steps, drawn by either; the first of each is a warm-up."""
+    settings = vars(pipeline.settings) | {"num_generations": NUM_GENERATIONS, "gradient_checkpointing": False}
+    args = DROConfig(
+        folder,
+        **settings,
+        per_device_train_batch_size=FREE_QUERIES * NUM_GENERATIONS,
+        max_steps=2 * (steps + 1),
+        rollout_backend="transformers",
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    trainer = DROTrainer(pipeline.model, args, load_vitalqa()["train"].select(range(256)), None, pipeline.tokenizer)
+    turns = ByTurns(trainer, engine)
+    trainer.add_callback(turns)
+    trainer.train()
+    return {f"{name}, whole steps": seconds[1:] for name, seconds in turns.seconds.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--native_lora", action="store_true", help="vLLM's own LoRA instead of a merged copy")
     parser.add_argument("--free", action="store_true", help="free text too")
+    parser.add_argument("--steps", type=int, default=0, help="whole training steps of each, too")
     args = parser.parse_args()
 
     engine = LocalEngine(
@@ -160,6 +208,9 @@ def main() -> None:
         start = time.perf_counter()
         engine.deliver(Adapter.of(pipeline.model, SELECTOR))
         seconds["sync"] = [time.perf_counter() - start]
+        if args.steps:
+            with tempfile.TemporaryDirectory() as folder:
+                seconds |= whole_steps(pipeline, engine, args.steps, folder)
         for name, values in seconds.items():
             median = round(statistics.median(values), 2)
             result[f"K={k} {identifiers}: {name}"] = median
