@@ -39,14 +39,26 @@ class Cell:
     predictions: dict[str, list]
     """One entry per question: `prediction`, `chosen` and the metrics."""
     diverged: bool = False
-    curves: dict[str, list[float]] = field(default_factory=dict)
-    """What training logged, by name, one value a step."""
+    curves: dict[str, list[float | None]] = field(default_factory=dict)
+    """What training logged, by name, one value a step; `None`: no number."""
     machine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, int, str]:
         """What tells a cell from the others."""
         return self.method, self.seed, self.budget
+
+    @property
+    def pace(self) -> tuple:
+        """What has to be equal for equal minutes to be an equal budget."""
+        return tuple(self.machine.get(name) for name in ("device", "cpu", "threads", "dtype"))
+
+
+def nothing(num_questions: int) -> tuple[dict[str, float | None], dict[str, list]]:
+    """Returns the metrics and predictions of a system that has diverged: it answers no question."""
+    right = ("exact_match", "f1", "recall@1")
+    kept: dict[str, list] = {"prediction": [""] * num_questions, "chosen": [[]] * num_questions}
+    return dict.fromkeys(right, 0.0), kept | {name: [0.0] * num_questions for name in right}
 
 
 def describe(records: Sequence[Record]) -> tuple[dict[str, float | None], dict[str, list]]:
@@ -100,13 +112,13 @@ class Results:
             )
         return not changed
 
-    def add(self, cell: Cell) -> None:
-        """Keeps a cell, in place of an earlier one of the same key; the file is whole at any moment."""
-        self.cells[cell.key] = cell
+    def add(self, *cells: Cell) -> None:
+        """Keeps cells, in place of earlier ones of the same keys; the file is whole at any moment."""
+        self.cells |= {cell.key: cell for cell in cells}
         aside = self.path.with_suffix(".tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        cells = ",\n".join(json.dumps(asdict(c), allow_nan=False) for c in self.cells.values())
-        aside.write_text(f'{{"cells": [\n{cells}\n]}}\n')
+        lines = ",\n".join(json.dumps(asdict(c), allow_nan=False) for c in self.cells.values())
+        aside.write_text(f'{{"cells": [\n{lines}\n]}}\n')
         aside.replace(self.path)
 
     def budgets(self) -> list[str]:
@@ -123,12 +135,16 @@ class Results:
         return list(dict.fromkeys(cell.method for cell in self.cells.values() if cell.budget == budget))
 
     def difference(self, a: str, b: str, budget: str, metric: str) -> Interval | None:
-        """Returns `b - a` of a metric on the seeds that both have, paired by question; `None` if there are none."""
+        """Returns `b - a` of a metric on the seeds that both have, paired by question; `None` if there are none.
+
+        Where the budget is minutes, of cells that ran on the same kind of machine in the same data type.
+        """
         pairs = [
             (x.predictions[metric], y.predictions[metric])
             for x in self.of(a, budget)
             for y in self.of(b, budget)
             if x.seed == y.seed and metric in x.predictions and metric in y.predictions
+            if x.pace == y.pace or not budget.endswith("minutes")
         ]
         if not pairs:
             return None

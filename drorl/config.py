@@ -173,6 +173,8 @@ class DROConfig(DROSettings, GRPOConfig):
             raise ValueError(
                 "selector_objective='ppo' values the state before each decision: it needs constrained=True"
             )
+        if objective == "ppo" and self.max_tokens_per_forward is not None:
+            raise ValueError("selector_objective='ppo' whitens over a micro-batch: it takes no max_tokens_per_forward")
         if objective == "pointwise" and (self.num_selected > 1 or self.proposal != "first_choices"):
             raise ValueError(
                 "selector_objective='pointwise' weighs each candidate by itself: it needs num_selected=1 and "

@@ -172,19 +172,16 @@ def recalls(passages: Sequence[Passage], answers: Sequence[str]) -> list[float]:
     return [float(any(found[: k + 1])) for k in range(len(found))]
 
 
-def position_shares(
-    pipeline: RAGPipeline, rows: Iterable[Mapping[str, Any]], num_rotations: int = 4
-) -> list[list[float]]:
+def position_shares(pipeline: RAGPipeline, rows: Iterable[Mapping[str, Any]]) -> list[list[float]]:
     """Returns how likely each question's first choice is at each place of the prompt, all else equal, `(n, N)`.
 
-    The candidates are shown in `num_rotations` rotations of one order, so that every passage stands at as many places
-    spread over the prompt; a selector that reads gives each place 1/N, but for what its passages happen to be.
+    The candidates are shown in all N rotations of one order, so that every passage stands at every place once: a
+    selector that only reads gives each place 1/N.
     """
     shares = []
     for row in rows:
         shown = pipeline.present(row["query"], row["candidates"], "position")
-        steps = [len(shown) * r // num_rotations for r in range(num_rotations)]
-        orders = [shown[step:] + shown[:step] for step in steps]
+        orders = [shown[step:] + shown[:step] for step in range(len(shown))]
         with pipeline.evaluating():
             first = [pipeline.decisions([row["query"]], [order]).logps([[()]])[0][0].exp() for order in orders]
         shares.append(torch.stack(first).mean(dim=0).tolist())

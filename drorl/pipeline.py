@@ -224,7 +224,7 @@ class RAGPipeline:
 
     def decide(self, prompts: Sequence[SelectorPrompt], keep: bool = True, role: str = SELECTOR) -> Drawing:
         """Returns the decisions of the selector, or of another adapter, after prompts; see [`~policy.Decisions`]."""
-        return Decisions(self.policy, self.role(role), prompts, keep, self.critic)
+        return Decisions(self.policy, self.role(role), prompts, keep, self.critic if role == SELECTOR else None)
 
     def select(self, query: str, candidates: Sequence[Passage], k: int | None = None) -> list[RankedPassage]:
         """Returns the passages of the most likely permutation, best first, each with its log-probability.

@@ -24,15 +24,35 @@ from .losses import LossOutput, clipped_surrogate_loss
 class ValueHead(nn.Module):
     """The critic: a linear map of the selector's last hidden states, which train it and the selector's adapter alike.
 
+    It learns standardised rewards, since answers' log-likelihoods have the scale of their length: the mean and the
+    variance of all rewards so far, which are part of its state, turn one into the other.
+
     Args:
         hidden_size (`int`): of the selector's model.
     """
+
+    moments: torch.Tensor
 
     def __init__(self, hidden_size: int):
         super().__init__()
         self.linear = nn.Linear(hidden_size, 1)  # in float32, whatever the model computes in
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # count, sum, sum of squares
+
+    def standardised(self, rewards: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns rewards with the running mean 0 and variance 1; NaN stays NaN.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(B, m)`): NaN for an invalid sample.
+            counted (`torch.Tensor` of shape `(3,)`, *optional*): [`moments_of`] new rewards, of all processes.
+        """
+        if counted is not None:
+            self.moments += counted.to(self.moments)
+        count, total, squares = self.moments
+        mean = total / count.clamp(min=1)
+        variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+        return (rewards - mean) / (variance.sqrt() + 1e-4)
 
     @contextmanager
     def reading(self, head: nn.Module) -> Generator[list[torch.Tensor]]:
@@ -45,6 +65,12 @@ class ValueHead(nn.Module):
             yield values
         finally:
             hook.remove()
+
+
+def moments_of(rewards: torch.Tensor) -> torch.Tensor:
+    """Returns count, sum and sum of squares of the finite rewards, `(3,)`, float64: they add up over processes."""
+    finite = rewards[rewards.isfinite()].double()
+    return torch.stack([torch.ones_like(finite).sum(), finite.sum(), finite.square().sum()])
 
 
 def episode_rewards(rewards: torch.Tensor, mask: torch.Tensor, penalties: torch.Tensor | float = 0.0) -> torch.Tensor:
@@ -93,7 +119,7 @@ def generalized_advantages(
 
 
 def whiten(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Returns advantages with mean 0 and variance 1 over all decisions of the batch, 0 elsewhere."""
+    """Returns advantages with mean 0 and variance 1 over all decisions of this call, 0 elsewhere."""
     mask = mask.to(advantages.dtype)
     count = mask.sum().clamp(min=1)
     centred = (advantages - (advantages * mask).sum() / count) * mask
@@ -114,7 +140,7 @@ def clipped_value_loss(
         old_values (`torch.Tensor` of shape `(B, m, T)`): when the permutations were drawn.
         returns (`torch.Tensor` of shape `(B, m, T)`): advantages plus `old_values`.
         mask (`torch.Tensor` of shape `(B, m, T)`): 1 where there is a decision.
-        clip (`float`): in the unit of the reward.
+        clip (`float`): in the unit of the rewards.
     """
     mask = mask.to(values.dtype)
     clipped = torch.clamp(values, old_values - clip, old_values + clip)

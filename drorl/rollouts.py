@@ -4,7 +4,7 @@ Shapes: N candidates, K chosen, m permutations of one query, T decisions (constr
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -64,6 +64,8 @@ class Rollout:
     """(m, T): log p_s of each decision or token according to the engine that drew it, nats; `None`: drawn here."""
     version: str | None = None
     """Of the selector's adapter in that engine; see [`engines.delivery`]."""
+    seen: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What was found out when the rollout was first trained on, and holds for later epochs: `rewards`, (m,)."""
 
     @property
     def drawn(self) -> list[Permutation]:
@@ -222,7 +224,8 @@ def score_selector(
     drawn = [r.drawn for r in rollouts]
     logps, entropies = zip(*decisions.permutation_logps(drawn), strict=True)
     metrics = {"selector/entropy": torch.stack([e.mean() for e in entropies]).mean()}
-    return SelectorScores(stack(logps), metrics, decisions.values(drawn))
+    # Without gradient they come from what is known of the decisions, which is kept on the CPU.
+    return SelectorScores(stack(logps).to(pipeline.owner(role).device), metrics, decisions.values(drawn))
 
 
 def answer_logps_of(
@@ -290,12 +293,25 @@ def rewards_of(
 ) -> torch.Tensor:
     """Returns what a policy gradient maximises, `(B, m)`: see `DROConfig.reward`.
 
+    Of rollouts that are trained on again, what it was the first time: the generator has learned since.
+
     Args:
         pipeline ([`RAGPipeline`]): both models.
         reward (`str`): `log_likelihood`, `likelihood` or `f1`.
         rollouts (`list` of B [`Rollout`]): the permutations.
         generator_logps (`torch.Tensor` of shape `(B, m)`): log p_g(y|x,d_z), nats.
     """
+    rewards = stacked([r.seen.get("rewards") for r in rollouts])
+    if rewards is None:
+        rewards = _rewards_now(pipeline, reward, rollouts, generator_logps)
+        for rollout, of_query in zip(rollouts, rewards, strict=True):
+            rollout.seen["rewards"] = of_query
+    return rewards.to(generator_logps)
+
+
+def _rewards_now(
+    pipeline: RAGPipeline, reward: str, rollouts: Sequence[Rollout], generator_logps: torch.Tensor
+) -> torch.Tensor:
     if reward == "log_likelihood":
         return generator_logps
     if reward == "likelihood":

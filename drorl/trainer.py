@@ -288,12 +288,17 @@ class DROTrainer(TwoRoleTrainer):
             loss = loss + scale * share * output.loss
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
+    @property
+    def _threshold(self) -> float:
+        """`min_importance_weight`; the weight of a single permutation is 1, so there is nothing to spare."""
+        return 0.0 if self.num_generations == 1 else self.args.min_importance_weight
+
     def _generator_logps(self, rollouts: list[Rollout]) -> torch.Tensor:
         """Returns log p_g(y|x,d_z), `(B, m)`; `-inf` where there is no permutation.
 
         With gradient if these scores are also what the generator is trained on, all of them.
         """
-        trained = self.args.generator_objective == "dro" and self.args.min_importance_weight == 0
+        trained = self.args.generator_objective == "dro" and self._threshold == 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             return answer_logps_of(self.pipeline, rollouts, [r.contexts for r in rollouts])
 
@@ -303,7 +308,7 @@ class DROTrainer(TwoRoleTrainer):
         if self.args.generator_objective == "sft":
             logps = answer_logps_of(self.pipeline, rollouts, [[r.supervised_context] for r in rollouts])
             return weighted_mle_loss(logps, logps.isfinite().to(logps.dtype))
-        weights, threshold = weighting.importance_weights, self.args.min_importance_weight
+        weights, threshold = weighting.importance_weights, self._threshold
         if threshold > 0:  # the scores had no graph: what counts is scored again, with one
             kept = [
                 [context if weight >= threshold else None for context, weight in zip(r.contexts, row, strict=False)]
@@ -346,7 +351,7 @@ class DROTrainer(TwoRoleTrainer):
         if args.selector_objective in WEIGHTED:
             return weighted_mle_loss(sum_over_tokens(logps), weighting.advantages)
         mask = logps.isfinite()
-        old = self._old_selector_logps(rollouts, logps)
+        old, reference = self._old_selector_logps(rollouts, logps), stacked([r.reference_logps for r in rollouts])
         surrogate: dict[str, Any] = {
             "epsilon_low": self.epsilon_low,
             "epsilon_high": self.epsilon_high,
@@ -354,14 +359,15 @@ class DROTrainer(TwoRoleTrainer):
             "num_items": num_items,
             "max_completion_length": self.max_completion_length,
             "sampling_ratio": None if correction is None else correction.exp(),
-            "reference_logps": stacked([r.reference_logps for r in rollouts]),
+            "reference_logps": None if reference is None else reference[..., : logps.shape[-1]],
             "beta": self.beta,
         }
         if scored.values is not None:
             known = stacked([r.old_values for r in rollouts])
             old_values = scored.values.detach() if self._on_policy or known is None else known.to(scored.values)
+            rewards = self._standardised(rollouts, weighting.rewards)
             states = logps, scored.values, old, old_values
-            return ppo_loss(*states, weighting.rewards, mask, vf_coef=args.vf_coef, **surrogate)
+            return ppo_loss(*states, rewards, mask, vf_coef=args.vf_coef, **surrogate)
         logps, old = logps.masked_fill(~mask, 0.0), old.masked_fill(~mask, 0.0)
         return clipped_surrogate_loss(logps, old, mask, weighting.advantages, **surrogate)
 

@@ -20,7 +20,8 @@ from .engines.base import EngineError
 from .engines.sampler import EngineSampler
 from .evaluation import Record, aggregate, evaluate_rows
 from .pipeline import RAGPipeline
-from .rollouts import Question
+from .ppo import moments_of
+from .rollouts import Question, Rollout
 
 
 def peak_memory() -> float:
@@ -64,10 +65,12 @@ class TwoRoleTrainer(AtomicCheckpoints):
     def _trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Returns the parameters of each role that is trained."""
         objectives = {SELECTOR: self.args.selector_objective, GENERATOR: self.args.generator_objective}
-        trained = {role: self.pipeline.parameters(role) for role in objectives if objectives[role] != "none"}
-        if self.pipeline.critic is not None:
-            trained[SELECTOR] += self.pipeline.critic.parameters()
-        return trained
+        return {role: self.pipeline.parameters(role) for role, objective in objectives.items() if objective != "none"}
+
+    def _parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Returns what is stepped and clipped as one: each trained role, and PPO's critic."""
+        critic = self.pipeline.critic
+        return self._trained_parameters() | ({} if critic is None else {"critic": list(critic.parameters())})
 
     def _touch(self, role: str) -> torch.Tensor:
         """A zero that depends on the role's adapter: a loss keeps its graph though no sample is valid."""
@@ -77,8 +80,8 @@ class TwoRoleTrainer(AtomicCheckpoints):
         """Creates the optimizer with one parameter group per trained role, each with its own learning rate."""
         if self.optimizer is None:
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            trained, decay = self._trained_parameters(), self.args.weight_decay
-            groups = {role: {"params": parameters, "weight_decay": decay} for role, parameters in trained.items()}
+            decay = self.args.weight_decay
+            groups = {n: {"params": p, "weight_decay": decay} for n, p in self._parameter_groups().items()}
             if GENERATOR in groups and self.args.generator_learning_rate is not None:
                 groups[GENERATOR]["lr"] = self.args.generator_learning_rate
             self.optimizer = optimizer_cls(list(groups.values()), **kwargs)
@@ -88,10 +91,10 @@ class TwoRoleTrainer(AtomicCheckpoints):
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        """Clips each role by itself, so that one's large gradient does not shrink the other's."""
+        """Clips each role, and the critic, by itself, so that one's large gradient does not shrink another's."""
         self.accelerator.unscale_gradients()
-        roles = self._trained_parameters().values()
-        norms = [nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm) for parameters in roles]
+        groups = self._parameter_groups().values()
+        norms = [nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm) for parameters in groups]
         return torch.stack(norms).norm()
 
     def training_step(
@@ -106,7 +109,7 @@ class TwoRoleTrainer(AtomicCheckpoints):
         with self.saving_on(EngineError):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            for p in chain.from_iterable(self._trained_parameters().values()):
+            for p in chain.from_iterable(self._parameter_groups().values()):
                 p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
         return loss
 
@@ -117,6 +120,15 @@ class TwoRoleTrainer(AtomicCheckpoints):
         repeated = [prompts.selector(q.row["query"], q.shown).ids for q in questions for _ in range(m)]
         texts, _ = self._generate_single_turn(repeated, None, {}, m)
         return [texts[i : i + m] for i in range(0, len(texts), m)]
+
+    def _standardised(self, rollouts: list[Rollout], rewards: torch.Tensor) -> torch.Tensor:
+        """Returns PPO's rewards as its critic learns them, `(B, m)`; each rollout is counted once."""
+        assert self.pipeline.critic is not None
+        new = torch.tensor(["counted" not in rollout.seen for rollout in rollouts])
+        for rollout in rollouts:
+            rollout.seen["counted"] = torch.ones(())
+        counted = self.accelerator.reduce(moments_of(rewards[new.to(rewards.device)]), "sum")
+        return self.pipeline.critic.standardised(rewards, counted)
 
     def _log_means(self, metrics: Mapping[str, torch.Tensor | float]) -> None:
         """Logs each scalar's mean over processes."""

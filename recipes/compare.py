@@ -18,24 +18,29 @@ import hashlib
 import json
 import logging
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from drorl.comparison import Cell, Results, describe
+from drorl.comparison import Cell, Results
 from drorl.errors import DivergedError, InvalidInputError, UserError
+
+if TYPE_CHECKING:
+    from drorl import DROConfig
 
 logger = logging.getLogger("drorl.compare")
 HERE = Path(__file__).parent
 CURVES = ("effective_sample_size", "iw_elbo", "selector/entropy", "importance_weights/max", "reward")
-POSITION_QUESTIONS = 24
+POSITION_QUESTIONS = 12
 Asked = tuple[str, dict[str, Any], int, str, str]  # method, settings, seed, budget, split
 
 
@@ -90,6 +95,17 @@ def seconds_or_queries(budget: str) -> tuple[float | None, int | None]:
     raise InvalidInputError(f"a budget is 'N minutes' or 'N queries', not {budget!r}")
 
 
+def queries_per_step(config: "DROConfig") -> float:
+    """Returns how many queries are drawn for an optimization step; later epochs over them draw none."""
+    steps = config.num_iterations * config.steps_per_generation / config.gradient_accumulation_steps
+    return config.generation_batch_size / config.num_generations / steps
+
+
+def finite(value: float) -> float | None:
+    """A figure as JSON can hold it."""
+    return round(value, 4) if math.isfinite(value) else None
+
+
 # -------------------------------------------------------------------------------------------------------------- a cell
 def run_cell(
     method: str,
@@ -107,6 +123,7 @@ def run_cell(
 
     from drorl import DROConfig, DROTrainer
     from drorl.callbacks import RichProgressCallback, TimeBudgetCallback
+    from drorl.comparison import describe, nothing
     from drorl.evaluation import evaluate_rows, position_bias, position_shares
     from drorl.experiment import commit, machine, warmup_config
 
@@ -119,7 +136,7 @@ def run_cell(
     except ValueError as error:
         raise InvalidInputError(f"{method}: {error}") from error
     if queries is not None:
-        config.max_steps = max(1, queries // (config.generation_batch_size // config.num_generations))
+        config.max_steps = max(1, round(queries / queries_per_step(config)))
     rows, _ = load_data(script)
     questions = rows[split].select(range(min(script.num_eval_questions or len(rows[split]), len(rows[split]))))
     torch.manual_seed(seed)
@@ -131,16 +148,21 @@ def run_cell(
 
     trainer = trainer_for(method, config)
     if script.warmup_queries:
-        depends = json.dumps([asdict(script), asdict(trainer.pipeline.settings), seed], sort_keys=True, default=str)
+        first_config = warmup_config(config, *script.warmup)
+        same = [asdict(script), asdict(trainer.pipeline.settings), seed, config.answer_target, config.weight_decay]
+        depends = json.dumps(same, sort_keys=True, default=str)
         warm = work / "warmup" / hashlib.sha256(depends.encode()).hexdigest()[:12]
         if not (warm / "drorl.json").exists():
-            first = trainer_for("warm-up", warmup_config(config, *script.warmup))
+            first = trainer_for("warm-up", first_config)
             first.add_callback(TimeBudgetCallback(math.inf))  # anneals the rate over the steps
             first.train()
             first.save_model(str(warm))
+            # Once more from the start: a method that comes first is no warmer, and draws what it would have drawn.
+            os.execv(sys.executable, [sys.executable, *sys.argv])
         trainer.load_adapters(warm)
     # The linear decay of both kinds of budget: over the minutes, or over the steps.
     trainer.add_callback(TimeBudgetCallback(seconds if seconds is not None else math.inf))
+    torch.manual_seed(seed)
     start, diverged = time.monotonic(), False
     try:
         trainer.train()
@@ -151,28 +173,31 @@ def run_cell(
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
 
     def cell(name: str, of: str | None) -> Cell:
-        metrics: dict[str, float | None] = {}
-        predictions: dict[str, list] = {}
-        if not diverged:
-            records = evaluate_rows(
-                trainer.pipeline, questions, config.answer_target, config.num_generations, of, description=name
-            )
-            metrics, predictions = describe(records)
-        if not diverged and of is None and config.selector_objective != "none":
-            asked = questions.select(range(min(POSITION_QUESTIONS, len(questions))))
-            metrics["position_bias"] = position_bias(position_shares(trainer.pipeline, asked))
+        metrics, predictions, lost = *nothing(len(questions)), diverged
+        try:
+            if not lost:
+                records = evaluate_rows(
+                    trainer.pipeline, questions, config.answer_target, config.num_generations, of, description=name
+                )
+                metrics, predictions = describe(records)
+                if of is None:
+                    asked = questions.select(range(min(POSITION_QUESTIONS, len(questions))))
+                    metrics["position_bias"] = position_bias(position_shares(trainer.pipeline, asked))
+        except DivergedError as error:
+            logger.error("%s, seed %d: %s", name, seed, error)
+            lost = True
         return Cell(
             method=name,
             seed=seed,
             budget=budget,
             metrics=metrics,
             minutes=round(minutes, 2),
-            query_steps=trainer.state.global_step * config.generation_batch_size // config.num_generations,
+            query_steps=round(trainer.state.global_step * queries_per_step(config)),
             settings={**settings, "ranking": of, "split": split},
             commit=commit(),
             predictions=predictions,
-            diverged=diverged or metrics["answer_logp"] is None,
-            curves={n: [round(e[n], 4) for e in log if n in e] for n in CURVES if any(n in e for e in log)},
+            diverged=lost,
+            curves={n: [finite(e[n]) for e in log if n in e] for n in CURVES if any(n in e for e in log)},
             machine={**machine(), "dtype": str(trainer.model.dtype).removeprefix("torch.")},
         )
 
@@ -198,31 +223,41 @@ def tuning_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
             yield name, grid.settings(method, extra), grid.seeds[0], grid.tuning["budget"], "validation"
 
 
+def readings_of(grid: Grid, method: str) -> dict[str, str]:
+    """Returns the systems that read with this method's generator, and their rankings."""
+    return {name: ranking for name, (ranking, of) in grid.readings.items() if of == method}
+
+
 def run(cells: Iterator[Asked], grid: Grid, path: Path, work: Path, force: bool) -> int:
     """Runs the cells that are not done, each in a process of its own; one grid at a time in a folder."""
-    results, failed = Results(path), []
+    failed: list[str] = []
     path.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the cell's process too
     try:
-        with FileLock(path.with_suffix(".lock"), timeout=0):
-            todo = []
+        with FileLock(path.parent / ".lock", timeout=0):
+            results, todo = Results(path), []
             for method, settings, seed, budget, split in cells:  # all are looked at before the first one is run
-                wanted = {**settings, "ranking": settings.get("ranking"), "split": split}
-                if not results.done(method, seed, budget, wanted, force):
+                names = {method: settings.get("ranking"), **readings_of(grid, method)}
+                wanted = [{**settings, "ranking": ranking, "split": split} for ranking in names.values()]
+                pairs = zip(names, wanted, strict=True)
+                done = [results.done(name, seed, budget, of, force) for name, of in pairs]  # each is looked at
+                if not all(done):
                     todo.append((method, settings, seed, budget, split))
             logger.info("%d cells to run, %d done", len(todo), len(results.cells))
             for number, (method, settings, seed, budget, split) in enumerate(todo, start=1):
                 logger.info("cell %d of %d: %s, seed %d, %s", number, len(todo), method, seed, budget)
-                readings = {name: ranking for name, (ranking, of) in grid.readings.items() if of == method}
                 asked = {"method": method, "settings": settings, "seed": seed, "budget": budget, "split": split}
-                command = [sys.executable, __file__, "cell", json.dumps({**asked, "readings": readings})]
+                asked["readings"] = readings_of(grid, method)
+                command = [sys.executable, __file__, "cell", json.dumps(asked)]
                 command += ["--work", str(work)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
-                if done.returncode:
+                process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+                if process.returncode:
                     failed.append(f"{method}, seed {seed}, {budget}")
-                    logger.error("%s failed with exit code %d", failed[-1], done.returncode)
+                    logger.error("%s failed with exit code %d", failed[-1], process.returncode)
                     continue
-                for content in json.loads(done.stdout.splitlines()[-1]):
-                    results.add(Cell(**content))
+                contents = json.loads(process.stdout.splitlines()[-1])
+                results.add(*(Cell(**content) for content in contents))
+                for content in contents:
                     shown = {k: round(v, 3) for k, v in content["metrics"].items() if v is not None}
                     logger.info("%s: %s%s", content["method"], shown, " (diverged)" * content["diverged"])
     except Timeout as error:

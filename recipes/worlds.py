@@ -137,10 +137,6 @@ class Learners:
         critic = torch.zeros(count, p + 1, dtype=torch.float64)
         return cls(world, *(t.clone().requires_grad_() for t in (selector, generator, critic)), pointwise)
 
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        return [self.selector, self.generator, self.critic]
-
     def decisions(self) -> torch.Tensor:
         """log p_s of each candidate at each decision, `(S, X, D, N)`."""
         weights = self.selector * ~self.world.listwise if self.pointwise else self.selector

@@ -48,7 +48,7 @@ def test_the_crossed_bootstrap_is_the_plain_one_for_one_seed_and_wider_for_seeds
     assert (high - low) / 2 == pytest.approx(half, rel=0.05)
     seeds = [(questions + shift).tolist() for shift in (-1.0, 0.0, 1.0)]
     means = np.array([np.mean(s) for s in seeds])
-    spread = np.sqrt(means.var() / 3 + questions.var() / 400)
+    spread = np.sqrt(means.var(ddof=1) / 3 + questions.var() / 400)
     low, high = crossed_bootstrap(seeds).ci95
     assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.1)
 
@@ -88,6 +88,16 @@ def test_a_difference_is_paired_by_seed_and_question(tmp_path: Path) -> None:
     assert results.difference("a", "b", "4 queries", "iw_elbo") is None
 
 
+def test_minutes_on_different_machines_are_not_compared(tmp_path: Path) -> None:
+    """Equal minutes are an equal budget on one kind of machine only; queries are one anywhere."""
+    results = Results(tmp_path / "compare.json")
+    for budget in ("4 queries", "2 minutes"):
+        for method, dtype in (("a", "float32"), ("b", "bfloat16")):
+            results.add(made(method, 1, [0.0, 1.0], budget=budget, machine={"cpu": "x", "dtype": dtype}))
+    assert results.difference("a", "b", "4 queries", "f1") is not None
+    assert results.difference("a", "b", "2 minutes", "f1") is None
+
+
 def test_a_cell_with_other_settings_is_not_taken_for_done(tmp_path: Path) -> None:
     """The same settings: done. Others, or one more: refused by name; forced: made again. Another seed: not done."""
     results = Results(tmp_path / "compare.json")
@@ -118,10 +128,13 @@ def test_a_report_shows_every_method_and_says_what_diverged(tmp_path: Path) -> N
     better = {"curves": {"effective_sample_size": [2.0, 1.5]}}
     for seed in (1, 2, 3):
         results.add(made("dro", seed, [1.0, 0.9, 0.8, 1.0], **better))
-        results.add(made("grpo", seed, [0.5, 0.4, 0.2, 0.6], diverged=seed == 3))
+        results.add(made("grpo", seed, [0.5, 0.4, 0.2, 0.6]))
+        results.add(made("ppo", seed, [0.5, 0.4, 0.2, 0.6], diverged=seed == 3))
+    (tmp_path / "compare.yaml").write_text("methods: {}")
     text = write_report(tmp_path, tmp_path).read_text()
     assert "| dro | - | 92.5 [" in text
     assert "| grpo | - | **+50.0 [" in text
+    assert "| ppo | - | +50.0 [" in text  # no verdict on a method that may diverge
     assert "| 4 | 0.1 | 3 | 1 |" in text
     assert (tmp_path / "compare-4-queries.svg").stat().st_size > 1000
     with pytest.raises(InvalidInputError, match="holds no results"):
@@ -164,7 +177,7 @@ def test_position_bias_tells_a_place_from_a_passage(
 
     for by_place, expected in ((False, 0.0), (True, 1 - 1 / 6)):
         monkeypatch.setattr(trainer.pipeline, "decisions", lambda queries, shown, by=by_place: Decided(shown[0], by))
-        shares = position_shares(trainer.pipeline, data, num_rotations=6)
+        shares = position_shares(trainer.pipeline, data)
         assert position_bias(shares) == pytest.approx(expected, abs=1e-6)
 
 
@@ -265,6 +278,7 @@ def test_a_grid_from_nothing_to_a_report(small_grid: Path) -> None:
     assert [cells[name].diverged for name in ("dro", "sft", "broken")] == [False, False, True]
     assert cells["dro"].query_steps == cells["sft"].query_steps == 4
     assert 0 <= (cells["dro"].metrics["position_bias"] or 0.0) < 1
+    assert cells["broken"].metrics["f1"] == 0.0  # it answers nothing, and is not left out of a mean
     assert cells["closed book"].predictions["chosen"] == [[]] * 8
     assert {"f1", "exact_match", "iw_elbo", "recall@1"} <= cells["dro"].predictions.keys()
     assert len(list((small_grid / "work" / "warmup").iterdir())) == 1  # one warm-up for all methods of a seed
@@ -278,7 +292,7 @@ def test_a_grid_from_nothing_to_a_report(small_grid: Path) -> None:
     changed = compare(small_grid, "run")
     assert (changed.returncode, "other settings (learning_rate): --force" in changed.stderr) == (2, True)
     assert compare(small_grid, "run", "--methods", "ppo").returncode == 2
-    with FileLock(results.path.with_suffix(".lock")):
+    with FileLock(results.path.parent / ".lock"):
         assert "another grid is being run" in compare(small_grid, "run", "--force").stderr
     assert compare(small_grid, "report").returncode == 0
     assert "| broken |" in (small_grid / "results" / "README.md").read_text()

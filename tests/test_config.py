@@ -65,6 +65,7 @@ REJECTED: list[tuple[dict[str, Any], list[str]]] = [
     ({"reward": "f1"}, ["reward='f1'", "grpo, rloo, reinforce, ppo"]),
     ({"selector_objective": "ppo", "proposal_temperature": 2.0}, ["'ppo'", "proposal_temperature=1"]),
     ({"selector_objective": "ppo", "constrained": False}, ["'ppo'", "constrained=True"]),
+    ({"selector_objective": "ppo", "max_tokens_per_forward": 900}, ["'ppo'", "max_tokens_per_forward"]),
     ({"selector_objective": "pointwise", "num_selected": 1}, ["'pointwise'", "proposal='first_choices'"]),
     ({"importance_sampling_level": "sequence"}, ["importance_sampling_level='sequence' is not supported"]),
     ({"constrained": False, "top_p": 0.95}, ["top_p=0.95 is not supported"]),

@@ -26,7 +26,7 @@ FIRST = {"proposal": "first_choices", "num_selected": 1, "num_generations": 6, "
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "reinforce": {"selector_objective": "reinforce"},
     "rloo, likelihood": {"selector_objective": "rloo", "reward": "likelihood"},
-    "grpo, F1, KL": {"selector_objective": "grpo", "reward": "f1", "beta": 0.1},
+    "grpo, KL": {"selector_objective": "grpo", "beta": 0.1},
     "ppo": {"selector_objective": "ppo"},
     "ppo, epochs, KL": {"selector_objective": "ppo", "beta": 0.1, "num_iterations": 3},
     "ppo, checkpointing": {"selector_objective": "ppo", "beta": 0.1, "gradient_checkpointing": True},
@@ -42,9 +42,7 @@ def test_both_adapters_learn_by_every_objective(settings: dict[str, Any], make_t
     trainer.train()
     assert_identical({n: v for n, v in base_state(trainer.model).items() if n in base}, base)
     for role, before in start.items():
-        moved = smallest_move(adapter_state(trainer.model, role), before)
-        # A greedy answer of a random model has an F1 of 0 everywhere: then only the KL moves the selector.
-        assert moved > 0 or settings.get("reward") == "f1"
+        assert smallest_move(adapter_state(trainer.model, role), before) > 0
     logged = [entry for entry in trainer.state.log_history if "selector/loss" in entry]
     assert len(logged) == 4
     assert all(torch.isfinite(torch.tensor(list(entry.values()))).all() for entry in logged)
@@ -123,6 +121,7 @@ def test_ppos_first_gradient_is_the_formula(make_trainer: Make) -> None:
     for name, value in start.items():
         parameters[name].data.copy_(value)
     rewards = call["weighting"].rewards
+    rewards = (rewards - rewards.mean()) / (rewards.std(unbiased=False) + 1e-4)  # as the critic learns them
     advantages = torch.stack([0.95 * rewards, rewards], dim=-1)  # K = 2, lambda = .95, V = 0
     advantages = (advantages - advantages.mean()) / advantages.std(unbiased=False)
     activate(trainer.model, SELECTOR)

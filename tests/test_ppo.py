@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from drorl.losses import clipped_surrogate_loss
-from drorl.ppo import clipped_value_loss, episode_rewards, generalized_advantages, whiten
+from drorl.ppo import (
+    ValueHead,
+    clipped_value_loss,
+    episode_rewards,
+    generalized_advantages,
+    moments_of,
+    ppo_loss,
+    whiten,
+)
 
 FULL = torch.ones(1, 1, 3, dtype=torch.float64)
 
@@ -103,19 +111,27 @@ def test_ppo_finds_the_solution_of_a_tabular_problem() -> None:
     for _ in range(300):
         old = torch.log_softmax(logits.detach(), dim=0)
         chosen = torch.multinomial(old.exp(), 256, replacement=True)[None]
-        old_steps, mask = old[chosen][..., None], torch.ones(1, 256, 1, dtype=torch.float64)
-        penalties = beta * (old_steps - reference[chosen][..., None])
+        old_steps, mask = old[chosen][..., None], torch.ones(1, 256, 1, dtype=torch.bool)
         old_values = critic.detach().expand(1, 256, 1)
-        advantages = generalized_advantages(episode_rewards(rewards[chosen], mask, penalties), old_values, mask)
         for _ in range(4):
             steps = torch.log_softmax(logits, dim=0)[chosen][..., None]
-            policy = clipped_surrogate_loss(steps, old_steps, mask, whiten(advantages, mask)).loss
-            values = critic.expand(1, 256, 1)
-            value = clipped_value_loss(values, old_values, advantages + old_values, mask)
+            values, reference_steps = critic.expand(1, 256, 1), reference[chosen][..., None]
+            loss = ppo_loss(steps, values, old_steps, old_values, rewards[chosen], mask, reference_steps, beta).loss
             optimizer.zero_grad()
-            (policy + 0.1 * value).backward()
+            loss.backward()
             optimizer.step()
         schedule.step()
     torch.testing.assert_close(torch.softmax(logits.detach(), dim=0), optimum, rtol=0, atol=0.03)
     best = (optimum * (rewards - beta * (optimum.log() - reference))).sum()
     assert critic.item() == pytest.approx(best.item(), abs=0.05)
+
+
+def test_the_critic_learns_standardised_rewards() -> None:
+    """Mean 0 and variance 1 over all rewards so far, by the closed formula; NaN is not counted and stays NaN."""
+    critic, seen = ValueHead(4), []
+    for rewards in (torch.tensor([[-7.0, -3.0, torch.nan]]), torch.tensor([[-20.0, -4.0, -6.0]])):
+        seen += rewards[rewards.isfinite()].tolist()
+        got = critic.standardised(rewards, moments_of(rewards))
+        mean, deviation = torch.tensor(seen).mean(), torch.tensor(seen).std(unbiased=False)
+        torch.testing.assert_close(got.float(), (rewards - mean) / (deviation + 1e-4), equal_nan=True)
+    assert critic.state_dict()["moments"][0] == 5

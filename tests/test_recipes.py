@@ -15,7 +15,6 @@ import yaml
 from trl import TrlParser
 
 from drorl import DROConfig, RAGPipeline
-from drorl.config import SELECTOR_OBJECTIVES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
@@ -79,7 +78,6 @@ def test_help_is_quick():
             [sys.executable, RECIPES / "nq.py", "--help"], capture_output=True, text=True, check=True
         )
         seconds.append(time.perf_counter() - start)
-    assert all(f"{name}" in done.stdout for name in SELECTOR_OBJECTIVES)
     assert all(f"--{name}" in done.stdout for name in ("retrieval_prior_weight", "max_minutes", "help_all"))
     assert min(seconds) < 3
 
