@@ -31,6 +31,12 @@ Llama-3-8B or Mistral-7B, ColBERTv2, K = 5 of N = 20, 8 A100 GPUs for 20 hours.
 """
 
 
+APART = {  # what other recipes have written: title, command, what follows
+    "variance": ("Gradients on real rows", "python recipes/variance.py --run outputs/nq_demo", ""),
+    "lab": ("The laboratory", "make lab", "![convergence, and what a prejudice does](lab.svg)\n"),
+}
+
+
 def _shown(interval: Interval | None, metric: str, signed: bool = False, bold: bool = False) -> str:
     if interval is None:
         return "-"
@@ -104,44 +110,45 @@ def _draw(results: Results, budget: str, path: Path) -> None:
     plt.close(figure)
 
 
+def _section(path: Path, grid: dict[str, Any], name: str) -> list[str]:
+    """What one results file shows, budget by budget."""
+    results, is_tuning = Results(path), path.stem != name
+    command = f"python recipes/compare.py {'tune' if is_tuning else 'run'} --grid recipes/grids/{name}.yaml"
+    lines = [f"## {path.stem}", "", *([] if is_tuning else [grid.get("about", ""), ""]), "```", command, "```", ""]
+    for budget in results.budgets():
+        methods = results.methods(budget)
+        questions = max(len(cell.predictions["prediction"]) for cell in results.cells.values())
+        lines += [f"### {budget} of training, {questions} questions", ""]
+        lines += [*_table(results, budget, grid.get("paper", {})), ""]
+        if not is_tuning and len(methods) > 1:
+            for reference in grid.get("references", methods[:1]):
+                lines += [*_differences(results, budget, reference), ""]
+            figure = path.with_name(f"{path.stem}-{budget.replace(' ', '-')}.svg")
+            _draw(results, budget, figure)
+            lines += [f"![{path.stem}, {budget}]({figure.name})", ""]
+    cells = results.cells.values()
+    machines = sorted({f"{c.machine['cpu']}, {c.machine['dtype']}" for c in cells if c.machine})
+    commits = sorted({(c.commit or "unknown")[:8] for c in cells})
+    return [*lines, f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}.", ""]
+
+
 def write_report(folder: Path, grids: Path) -> Path:
     """Writes README.md and a figure for each results file and budget in `folder`; returns the former.
 
     Raises:
         InvalidInputError: if there are no results.
     """
-    names = [f"{grid.stem}{suffix}.json" for grid in sorted(grids.glob("*.yaml")) for suffix in ("", "-tuning")]
-    files = [folder / name for name in names if (folder / name).exists()]
-    if not files:
-        raise InvalidInputError(f"{folder} holds no results: run `python recipes/compare.py run` first")
     lines = [HEAD]
-    for path in files:
-        results = Results(path)
-        name = path.stem.removesuffix("-tuning")
-        grid = yaml.safe_load((grids / f"{name}.yaml").read_text())
-        action = "tune" if path.stem.endswith("-tuning") else "run"
-        lines += [f"## {path.stem}", "", grid.get("about", "") if action == "run" else "", ""]
-        lines += ["```", f"python recipes/compare.py {action} --grid recipes/grids/{name}.yaml", "```", ""]
-        for budget in results.budgets():
-            methods = results.methods(budget)
-            questions = max(len(cell.predictions.get("prediction", [])) for cell in results.cells.values())
-            lines += [f"### {budget} of training, {questions} questions", ""]
-            lines += [*_table(results, budget, grid.get("paper", {})), ""]
-            if action == "run" and len(methods) > 1:
-                for reference in grid.get("references", methods[:1]):
-                    lines += [*_differences(results, budget, reference), ""]
-                figure = folder / f"{path.stem}-{budget.replace(' ', '-')}.svg"
-                _draw(results, budget, figure)
-                lines += [f"![{path.stem}, {budget}]({figure.name})", ""]
-        cells = results.cells.values()
-        machines = sorted({f"{c.machine['cpu']}, {c.machine['dtype']}" for c in cells if c.machine})
-        commits = sorted({(c.commit or "unknown")[:8] for c in cells})
-        lines += [f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}.", ""]
-    if (folder / "variance.md").exists():
-        lines += ["## Gradients on real rows", "", "`python recipes/variance.py`", ""]
-        lines += [(folder / "variance.md").read_text()]
-    if (folder / "lab.md").exists():
-        lines += ["## The laboratory", "", "`python recipes/lab.py`", "", (folder / "lab.md").read_text()]
-        lines += ["![convergence, and what a prejudice does](lab.svg)", ""]
+    for grid in sorted(grids.glob("*.yaml")):
+        for suffix in ("", "-tuning"):
+            if (path := folder / f"{grid.stem}{suffix}.json").exists():
+                lines += _section(path, yaml.safe_load(grid.read_text()), grid.stem)
+    if len(lines) == 1:
+        lines.append("**No cell of a grid has been run yet.**\n")
+    for name, (title, command, end) in APART.items():
+        if (path := folder / f"{name}.md").exists():
+            lines += [f"## {title}", "", "```", command, "```", "", path.read_text(), end]
+    if len(lines) == 2:
+        raise InvalidInputError(f"{folder} holds no results: run `python recipes/compare.py run` first")
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")
     return folder / "README.md"

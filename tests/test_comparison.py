@@ -139,6 +139,11 @@ def test_a_report_shows_every_method_and_says_what_diverged(tmp_path: Path) -> N
     assert (tmp_path / "compare-4-queries.svg").stat().st_size > 1000
     with pytest.raises(InvalidInputError, match="holds no results"):
         write_report(tmp_path / "nothing", tmp_path)
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "lab.md").write_text("| a table |")
+    alone = write_report(tmp_path / "apart", tmp_path).read_text()
+    assert "No cell of a grid has been run yet" in alone
+    assert "| a table |" in alone
 
 
 # --------------------------------------------------------------------------------------------------------- the systems
