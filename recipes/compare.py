@@ -126,6 +126,7 @@ def run_cell(
     from drorl.comparison import describe, nothing
     from drorl.evaluation import evaluate_rows, position_bias, position_shares
     from drorl.experiment import commit, machine, warmup_config
+    from drorl.settings import PipelineSettings
 
     settings = dict(settings)
     ranking = settings.pop("ranking", None)
@@ -146,19 +147,24 @@ def run_cell(
         pieces = model, config, rows["train"], None, tokenizer, generator, generator_tokenizer
         return DROTrainer(*pieces, callbacks=[RichProgressCallback(f"{title}, seed {seed}")])
 
+    same = [
+        asdict(script),
+        asdict(PipelineSettings.from_config(config)),
+        config.answer_target,
+        config.weight_decay,
+        seed,
+    ]
+    depends = json.dumps(same, sort_keys=True, default=str)
+    warm = work / "warmup" / hashlib.sha256(depends.encode()).hexdigest()[:12]
+    if script.warmup_queries and not (warm / "drorl.json").exists():
+        first = trainer_for("warm-up", warmup_config(config, *script.warmup))
+        first.add_callback(TimeBudgetCallback(math.inf))  # anneals the rate over the steps
+        first.train()
+        first.save_model(str(warm))
+        # Once more from the start: a method that comes first is no warmer, and draws what it would have drawn.
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     trainer = trainer_for(method, config)
     if script.warmup_queries:
-        first_config = warmup_config(config, *script.warmup)
-        same = [asdict(script), asdict(trainer.pipeline.settings), seed, config.answer_target, config.weight_decay]
-        depends = json.dumps(same, sort_keys=True, default=str)
-        warm = work / "warmup" / hashlib.sha256(depends.encode()).hexdigest()[:12]
-        if not (warm / "drorl.json").exists():
-            first = trainer_for("warm-up", first_config)
-            first.add_callback(TimeBudgetCallback(math.inf))  # anneals the rate over the steps
-            first.train()
-            first.save_model(str(warm))
-            # Once more from the start: a method that comes first is no warmer, and draws what it would have drawn.
-            os.execv(sys.executable, [sys.executable, *sys.argv])
         trainer.load_adapters(warm)
     # The linear decay of both kinds of budget: over the minutes, or over the steps.
     trainer.add_callback(TimeBudgetCallback(seconds if seconds is not None else math.inf))
@@ -291,7 +297,7 @@ def main() -> int:
         if args.action == "report":
             from compare_report import write_report
 
-            logger.info("%s", write_report(args.results, HERE / "grids"))
+            logger.info("%s", write_report(args.results, args.grid.parent))
             return 0
         grid = Grid(args.grid)
         cells = tuning_cells(grid, args) if args.action == "tune" else cells_of(grid, args)
