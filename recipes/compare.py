@@ -73,7 +73,9 @@ class Grid:
             InvalidInputError: if the grid does not have it.
         """
         if method not in self.methods:
-            raise InvalidInputError(f"{self.path} has no method {method!r}; it has {', '.join(self.methods)}")
+            raise InvalidInputError(
+                f"{self.path} has no method {method!r}; it has {', '.join(map(repr, self.methods))}"
+            )
         own = self.methods[method] or {}
         return {**self.base, **self.shared, **own, **(extra or {})}
 

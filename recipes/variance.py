@@ -106,7 +106,12 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=10_000)
     parser.add_argument("--output_dir", type=Path, default=Path("results"))
     args = parser.parse_args()
-    pipeline = RAGPipeline.from_pretrained(args.run)
+    try:
+        pipeline = RAGPipeline.from_pretrained(args.run)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    if pipeline.settings.num_selected != 1:
+        parser.error(f"{args.run} selects {pipeline.settings.num_selected} passages: this enumerates a single choice")
     data = load_vitalqa()["train"].select(range(args.num_rows))
     rows = [measured(pipeline, row) for row in track(data, "rows")]
     torch.manual_seed(0)
