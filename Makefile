@@ -53,8 +53,8 @@ demo-vllm: $(VLLM_INSTALLED) ## the same demo, its permutations drawn by vLLM
 lab: $(INSTALLED) ## measure every estimator where the truth is known; writes results/lab.{json,md,svg}
 	$(BIN)/python recipes/lab.py $(ARGS)
 
-test: $(INSTALLED) ## the default suite: CPU, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## the default suite: CPU, offline, two processes (ARGS="-n 0": one)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(INSTALLED) ## the long tests: CPU, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu and not network and not vllm" $(ARGS)

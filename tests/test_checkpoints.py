@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallb
 from transformers.trainer_utils import get_last_checkpoint
 
 import drorl.two_roles
-from drorl.adapters import GENERATOR, SELECTOR, activate
+from drorl.adapters import GENERATOR, SELECTOR, activate, adapter_parameters
 from drorl.pipeline import SETTINGS_FILE, RAGPipeline
 from drorl.trainer import DROTrainer
 
@@ -94,6 +94,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
     torch.manual_seed(12345)  # a new process knows nothing of the old one's generator
     resumed = make_trainer(output_dir="resumed", **settings)
+    for role in ROLES:  # nor of its adapters, of which the reference of a KL penalty was made
+        for parameter in adapter_parameters(resumed.model, role).values():
+            parameter.data.zero_()
     resumed.train(resume_from_checkpoint=first)
 
     assert resumed.state.global_step == done + 2

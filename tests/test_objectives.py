@@ -10,6 +10,7 @@ from peft import PeftModel
 from runs import GradientRecorder, adapter_state, assert_identical, base_state, smallest_move
 from transformers import PreTrainedTokenizerFast
 
+import drorl.trainer
 from drorl.adapters import GENERATOR, REFERENCE, SELECTOR, activate, adapter_parameters
 from drorl.losses import LossOutput
 from drorl.metrics import f1
@@ -144,6 +145,27 @@ def test_later_epochs_keep_the_values_of_the_rollout(make_trainer: Make) -> None
     for call in later:
         torch.testing.assert_close(torch.stack([r.old_values for r in call["rollouts"]]), olds, rtol=0, atol=0)
         assert (call["scored"].values.detach() - olds).abs().max() > 1e-3
+
+
+def test_later_epochs_keep_the_rewards_of_the_first(make_trainer: Make) -> None:
+    """The generator learns between epochs, and its likelihoods move; the rewards of a rollout do not."""
+    trainer = make_trainer(max_steps=3, selector_objective="grpo", num_iterations=3)
+    calls = recorded_losses(trainer)
+    trainer.train()
+    first, *later = [call["weighting"] for call in calls]
+    for weighting in later:
+        torch.testing.assert_close(weighting.rewards, first.rewards, rtol=0, atol=0)
+        assert (weighting.metrics["generator/logps"] - first.metrics["generator/logps"]).abs() > 1e-3
+
+
+def test_a_single_permutation_is_scored_once(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weight is 1, so `min_importance_weight` spares nothing: one pass of the generator a step, not two."""
+    passes = []
+    score = drorl.trainer.answer_logps_of
+    monkeypatch.setattr(drorl.trainer, "answer_logps_of", lambda *args: passes.append(1) or score(*args))
+    single = {"proposal": "retriever", "num_generations": 1, "per_device_train_batch_size": 2}
+    make_trainer(max_steps=2, min_importance_weight=0.5, selector_objective="none", **single).train()
+    assert len(passes) == 2
 
 
 def test_the_critic_learns_the_reward(make_trainer: Make, rows: Callable[..., Rows]) -> None:

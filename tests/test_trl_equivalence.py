@@ -120,6 +120,13 @@ CASES: dict[str, tuple[dict[str, Any], str, int, float]] = {  # settings, identi
     # The second step on the same samples is off-policy: ratios, and with so narrow a range, clipping.
     "grpo, KL": ({"loss_type": "grpo", "beta": 0.5}, "number", 1, 1.0),
     "dapo, two iterations, KL": ({"loss_type": "dapo", "num_iterations": 2, "beta": 0.1}, "letter", 2, 1.0),
+    # Micro-batches of texts whose longest differ.
+    "dapo, accumulated, two iterations, KL": (
+        {"loss_type": "dapo", "num_iterations": 2, "beta": 0.1, **ACCUMULATED},
+        "letter",
+        2,
+        1.0,
+    ),
     "dapo, two iterations": ({"loss_type": "dapo", "num_iterations": 2, "epsilon": 0.02}, "number", 2, 1.0),
 }
 
