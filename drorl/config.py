@@ -65,7 +65,9 @@ class DROConfig(DROSettings, GRPOConfig):
 
     Parameters that control the selector's policy
 
-        identifiers (`str`, *optional*, defaults to `"number"`): `"number"` (paper, `[3] > [1]`), `"letter"`, `"title"`
+        identifiers (`str`, *optional*, defaults to `"number"`): what the selector writes for a passage: `"number"`
+            (paper, `[3] > [1]`), `"letter"`, `"title"`, or `"query"`: no name, but the query itself, after each
+            passage alone, see [`query_likelihood`].
         constrained (`bool`, *optional*, defaults to `True`): normalises the policy over valid permutations. `False`:
             free text (paper), repaired as [`~permutations.parse_permutation`] says, with `permutations/valid_rate`.
         selector_temperature (`float`, *optional*, defaults to `1.0`): divides the selector's logits, in sampling and
@@ -212,6 +214,11 @@ class DROConfig(DROSettings, GRPOConfig):
             raise ValueError("constrained=False samples free text: it needs proposal='policy', proposal_temperature=1")
         if not self.constrained and self.retrieval_prior_weight:
             raise ValueError("retrieval_prior_weight needs constrained=True: free text has no candidate to weigh")
+        if self.identifiers == "query" and (self.use_vllm or self.rollout_backend == "vllm" or not self.constrained):
+            raise ValueError(
+                "identifiers='query' writes no permutation that an engine or free text could hold: it needs "
+                "constrained=True, without vLLM"
+            )
         if self.use_vllm and self.rollout_backend == "transformers":
             raise ValueError("use_vllm=True and rollout_backend='transformers' contradict each other")
         if self.rollout_backend == "vllm":

@@ -65,7 +65,29 @@ def sequence_logps(
     Raises:
         ValueError: if a prompt or a completion is empty.
     """
-    states = TreeStates(model, backend_of(model))
+    logits, lengths, targets = _scored(model, pairs)
+    logps = torch.log_softmax(logits / temperature, dim=-1).gather(1, targets[:, None])[:, 0]
+    return list(logps.split(lengths))
+
+
+def totals_and_values(
+    model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], critic: ValueHead | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns log p(completion | prompt) of each pair, `(n,)`, nats, and a critic's values of their ends, `(n,)`."""
+    logits, lengths, targets = _scored(model, pairs, critic)
+    values = None
+    if critic is not None:
+        logits, column = logits[:, :-1], logits[:, -1]
+        values = column[torch.tensor(lengths).cumsum(dim=0) - 1]
+    logps = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
+    return torch.stack([tokens.sum() for tokens in logps.split(lengths)]), values
+
+
+def _scored(
+    model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], critic: ValueHead | None = None
+) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+    """Returns what predicts each token of the completions, `(tokens, V)`, their lengths, and the tokens."""
+    states = TreeStates(model, backend_of(model), critic=critic)
     scored: list[int] = []
     targets: list[int] = []
     for prompt, completion in pairs:
@@ -76,7 +98,4 @@ def sequence_logps(
         targets += completion
     logits = states.logits(scored)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    logps = torch.log_softmax(logits / temperature, dim=-1).gather(
-        1, torch.tensor(targets, device=logits.device)[:, None]
-    )[:, 0]
-    return list(logps.split([len(completion) for _, completion in pairs]))
+    return logits, [len(completion) for _, completion in pairs], torch.tensor(targets, device=logits.device)

@@ -22,6 +22,7 @@ from .models import load_model_and_tokenizer
 from .policy import Decisions, Drawing, SelectorPolicy
 from .ppo import ValueHead
 from .prompts import PromptBuilder, PromptTooLongError, SelectorPrompt
+from .query_likelihood import QueryLikelihoods
 from .settings import PipelineSettings
 
 SETTINGS_FILE = "drorl.json"
@@ -224,7 +225,10 @@ class RAGPipeline:
 
     def decide(self, prompts: Sequence[SelectorPrompt], keep: bool = True, role: str = SELECTOR) -> Drawing:
         """Returns the decisions of the selector, or of another adapter, after prompts; see [`~policy.Decisions`]."""
-        return Decisions(self.policy, self.role(role), prompts, keep, self.critic if role == SELECTOR else None)
+        critic = self.critic if role == SELECTOR else None
+        if self.settings.identifiers == "query":
+            return QueryLikelihoods(self.policy, self.role(role), prompts, critic)
+        return Decisions(self.policy, self.role(role), prompts, keep, critic)
 
     def select(self, query: str, candidates: Sequence[Passage], k: int | None = None) -> list[RankedPassage]:
         """Returns the passages of the most likely permutation, best first, each with its log-probability.

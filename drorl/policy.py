@@ -28,6 +28,7 @@ from .ppo import ValueHead
 from .prompts import SelectorPrompt
 
 Prefixes = Sequence[Permutation]
+MADE_WITHOUT_GRADIENT = "these decisions were made without gradient: make new ones to train on"
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,18 @@ class Drawing(ABC):
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Returns log p_s of each decision `(m, K)` and the entropies `(m,)` of each query, see [`gather_decisions`].
 
-        Without gradient.
+        With gradient where that is enabled, and the model is here.
+
+        Raises:
+            ValueError: if that is enabled now, but was not when the prompts were encoded.
         """
         prefixes = [prefixes_of(drawn) for drawn in permutations]
-        return [gather_decisions(*query) for query in zip(self.logps(prefixes), prefixes, permutations, strict=True)]
+        rows = self._with_gradient(prefixes) if torch.is_grad_enabled() else self.logps(prefixes)
+        return [gather_decisions(*query) for query in zip(rows, prefixes, permutations, strict=True)]
+
+    def _with_gradient(self, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
+        """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query; the first of its `prefixes` is `()`."""
+        return self.logps(prefixes)
 
     def values(self, permutations: Sequence[Sequence[Permutation]]) -> torch.Tensor | None:
         """Returns a critic's value of the state before each decision of permutations, `(B, m, K)`; `None`: no critic.
@@ -237,20 +246,6 @@ class Decisions(Drawing):
             for table, part, prompt in zip(tables, parts, self.prompts, strict=True)
         ]
 
-    def permutation_logps(
-        self, permutations: Sequence[Sequence[Permutation]]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The same, with gradient where that is enabled.
-
-        Raises:
-            ValueError: if that is enabled now, but was not when the prompts were encoded.
-        """
-        if not torch.is_grad_enabled():
-            return super().permutation_logps(permutations)
-        prefixes = [prefixes_of(drawn) for drawn in permutations]
-        pairs = zip(self._with_gradient(prefixes), prefixes, permutations, strict=True)
-        return [gather_decisions(*query) for query in pairs]
-
     def values(self, permutations: Sequence[Sequence[Permutation]]) -> torch.Tensor | None:
         """The critic's, with gradient after `permutation_logps` with gradient."""
         if self._critic is None:
@@ -263,11 +258,10 @@ class Decisions(Drawing):
         )
 
     def _with_gradient(self, prefixes: Sequence[Prefixes]) -> list[torch.Tensor]:
-        """Returns log p_s(z_t = i | z_<t), `(D, N)` of each query; the first of its `prefixes` is `()`."""
         if self._first is None:
             return self._compute(self._states, prefixes)
         if not self._first_has_gradient:
-            raise ValueError("these decisions were made without gradient: make new ones to train on")
+            raise ValueError(MADE_WITHOUT_GRADIENT)
         later = [of_query[1:] for of_query in prefixes]
         if not any(later):
             return self._first

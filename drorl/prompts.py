@@ -26,6 +26,8 @@ SELECTOR_TAIL = {
     "letter": "\nQuestion: {query}\nRank the {k} passages that help most to answer it, best first: [C] > [A] > ...",
     "title": "\nQuestion: {query}\nWrite the titles of the {k} passages that help most to answer it, best first.",
 }
+QUERY_HEAD = "Passage:\n"
+QUERY_TAIL = "Write a question that this passage answers."
 GENERATOR_HEAD = "Answer the question with the help of the passages. Write only the answer.\nQuestion: {query}\n\n"
 GENERATOR_TAIL = "Answer:"
 
@@ -41,11 +43,14 @@ class SelectorPrompt:
     """The selector's prompt for one query, and the constraint on what may follow it."""
 
     ids: list[int]
+    """Of the passages together; empty where each is scored by itself."""
     identifiers: list[str]
     """Identifier of each candidate, in the order of the prompt."""
     slate: Slate
     scores: Sequence[float | None] = ()
     """N: the retriever's scores, `None` where a candidate has none."""
+    queries: Sequence[tuple[list[int], list[int]]] = ()
+    """N, with `identifiers="query"` only: a passage by itself, and the query as it would be written after it."""
 
 
 @dataclass
@@ -54,7 +59,7 @@ class PromptBuilder:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): with its chat template; a base model without one gets plain text.
-        identifiers (`str`): `number`, `letter` or `title`, see [`~permutations.identifier_texts`].
+        identifiers (`str`): `number`, `letter`, `title` or `query`, see [`~permutations.identifier_texts`].
         num_selected (`int`): K.
         max_passage_tokens (`int`, *optional*): each passage is cut to this many tokens.
         max_prompt_tokens (`int`, *optional*): what the generator's prompt, and the selector's with its permutation,
@@ -113,12 +118,13 @@ class PromptBuilder:
             PromptTooLongError: if the query and the identifiers alone exceed `max_prompt_tokens`.
             ValueError: if there are fewer than K candidates.
         """
-        identifiers = identifier_texts(self.identifiers, [c["title"] for c in candidates])
+        titles, texts = [c["title"] for c in candidates], [c["text"] for c in candidates]
+        scores = [c.get("score") for c in candidates]
+        identifiers = identifier_texts(self.identifiers, titles)
         headers = [
-            identifier if self.identifiers == "title" else f"{identifier} {candidate['title']}"
-            for identifier, candidate in zip(identifiers, candidates, strict=True)
+            identifier if self.identifiers == "title" else f"{identifier} {title}"
+            for identifier, title in zip(identifiers, titles, strict=True)
         ]
-        texts = [c["text"] for c in candidates]
         slate = Slate(
             first_ids=[self._encode(i) for i in identifiers],
             later_ids=[self._encode(f" {i}") for i in identifiers],
@@ -126,8 +132,13 @@ class PromptBuilder:
             end_ids=[self.end_id],
             num_selected=self.num_selected,
         )
+        if self.identifiers == "query":
+            asked = self.answer(query)
+            pairs = zip(titles, texts, strict=True)
+            alone = [self._prompt(query, QUERY_HEAD, [h], [t], QUERY_TAIL, len(asked)) for h, t in pairs]
+            return SelectorPrompt([], identifiers, slate, scores, [(prompt, asked) for prompt in alone])
         ids = self._prompt(query, SELECTOR_HEAD, headers, texts, SELECTOR_TAIL[self.identifiers], slate.max_length)
-        return SelectorPrompt(ids, identifiers, slate, [c.get("score") for c in candidates])
+        return SelectorPrompt(ids, identifiers, slate, scores)
 
     def generator(self, query: str, passages: Sequence[Passage]) -> list[int]:
         """Returns the generator's prompt: the query, then the chosen passages in the order of the permutation."""
@@ -135,7 +146,7 @@ class PromptBuilder:
         return self._prompt(query, GENERATOR_HEAD, titles, texts, GENERATOR_TAIL)
 
     def answer(self, answer: str) -> list[int]:
-        """Returns the tokens whose likelihood is the answer's: its own and the one that ends the turn, no others."""
+        """Returns the tokens of a turn that is scored: its own and the one that ends it, no others."""
         return [*self._encode(answer), self.end_id]
 
     def _prompt(

@@ -86,12 +86,11 @@ class Rollout:
     def size(self) -> int:
         """Distinct tokens that the larger of the two models encodes."""
         completions: Sequence[Sequence[int]] = self.completion_ids or []
-        if not completions:
+        if not completions and not self.prompt.queries:
             completions = self.prompt.slate.decisions(prefixes_of(self.drawn)).contexts
         selector, generator = TokenTree(), TokenTree()
-        end = selector.add(self.prompt.ids)[-1]
-        for tokens in completions:
-            selector.add(tokens, end)
+        for prompt, tokens in self.prompt.queries or [(self.prompt.ids, tokens) for tokens in completions or [()]]:
+            selector.add([*prompt, *tokens])
         for context in filter(None, [*self.contexts, self.supervised_context]):
             end = generator.add(context)[-1]
             for answer in self.answers:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-IDENTIFIERS = ("number", "letter", "title")
+IDENTIFIERS = ("number", "letter", "title", "query")
 REWARDS = ("log_likelihood", "likelihood", "f1")
 
 

@@ -37,6 +37,8 @@ class EnginePipeline(RAGPipeline):
     ):
         self.engine, self.versions = engine, versions
         self.models = []
+        if settings.identifiers == "query":
+            raise InvalidInputError("identifiers='query' asks for likelihoods of prompts: use backend='transformers'")
         self._describe(tokenizer, tokenizer, settings)
         self.prompts = self.generator_prompts = self._builder(engine.window, tokenizer)
 
