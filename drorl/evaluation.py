@@ -22,7 +22,7 @@ from .pipeline import Passage, RAGPipeline
 from .weights import iw_elbo, log_importance_weights
 
 _STDERR = Console(stderr=True)
-Chosen = tuple[Mapping[str, Any], list[int], float, float]  # row, candidates, answer_logp, iw_elbo
+Ranked = tuple[Mapping[str, Any], list[int], float, float]  # row, order of candidates, answer_logp, iw_elbo
 
 
 def _holds_answer(row: Mapping[str, Any], passage: Passage) -> bool:
@@ -45,8 +45,8 @@ RANKINGS: dict[str, Callable[[Mapping[str, Any], Passage], float]] = {
 }
 
 
-def ranked(row: Mapping[str, Any], ranking: str, num_candidates: int, num_selected: int) -> list[int]:
-    """Returns the passages that a system without a selector reads, as indices into the row's candidates.
+def ranked(row: Mapping[str, Any], ranking: str, num_candidates: int) -> list[int]:
+    """Returns the order in which a system without a selector reads passages, as indices into the row's candidates.
 
     `ranking`: `retriever`, its order; `oracle`, those that hold an answer first; `closed_book`, none; `title` and
     `longest`, controls that do not read: the title's words in the query, the passage's length.
@@ -54,7 +54,7 @@ def ranked(row: Mapping[str, Any], ranking: str, num_candidates: int, num_select
     if ranking == "closed_book":
         return []
     scores = [RANKINGS[ranking](row, passage) for passage in row["candidates"][:num_candidates]]
-    return sorted(range(len(scores)), key=lambda i: -scores[i])[:num_selected]
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Record:
     exact_match: float
     f1: float
     recall: list[float]
-    """For k = 1..K, whether one of the first k chosen passages contains an answer."""
+    """For k = 1..N, whether one of the first k passages contains an answer: of the K chosen and, behind them, of the
+    others in the order of how likely they were to be the first choice."""
     answer_logp: float
     """log p_g(y | x, chosen passages), nats."""
     iw_elbo: float
@@ -129,12 +130,13 @@ def score_permutations(
 
 def _select(
     pipeline: RAGPipeline, row: Mapping[str, Any], answer_target: str, num_samples: int, ranking: str | None
-) -> Chosen:
+) -> Ranked:
     """Chooses passages for one question, and scores its answer under them."""
     settings, candidates = pipeline.settings, list(row["candidates"])
     if ranking is not None:
-        order = ranked(row, ranking, settings.num_candidates, settings.num_selected)
-        logps = score_permutations(pipeline, row, candidates, [tuple(order)], answer_target)
+        order = ranked(row, ranking, settings.num_candidates)
+        read = tuple(order[: settings.num_selected])
+        logps = score_permutations(pipeline, row, candidates, [read], answer_target)
         return row, order, float(logps[0]), math.nan
     shown = pipeline.present(row["query"], candidates)
     decisions = pipeline.decisions([row["query"]], [shown])
@@ -144,12 +146,15 @@ def _select(
     [draw] = decisions.sample(num_samples, every_first_choice=settings.num_selected == 1, generators=[generator])
     logps = score_permutations(pipeline, row, shown, [greedy, *draw.permutations], answer_target)
     bound = iw_elbo(log_importance_weights(logps[1:], draw.log_ratio))
-    return row, [candidates.index(shown[i]) for i in greedy], float(logps[0]), float(bound)
+    [[first]] = decisions.logps([[()]])
+    order = dict.fromkeys([*greedy, *first.argsort(descending=True).tolist()])
+    return row, [candidates.index(shown[i]) for i in order], float(logps[0]), float(bound)
 
 
-def _answer(pipeline: RAGPipeline, block: Sequence[Chosen]) -> list[Record]:
-    passages = [[row["candidates"][i] for i in chosen] for row, chosen, _, _ in block]
-    contexts = [pipeline.generator_prompts.generator(b[0]["query"], p) for b, p in zip(block, passages, strict=True)]
+def _answer(pipeline: RAGPipeline, block: Sequence[Ranked]) -> list[Record]:
+    passages, k = [[row["candidates"][i] for i in order] for row, order, _, _ in block], pipeline.settings.num_selected
+    pairs = zip(block, passages, strict=True)
+    contexts = [pipeline.generator_prompts.generator(row["query"], p[:k]) for (row, *_), p in pairs]
     predictions = pipeline.generate(contexts)
     return [
         Record(
@@ -157,17 +162,17 @@ def _answer(pipeline: RAGPipeline, block: Sequence[Chosen]) -> list[Record]:
             prediction=prediction,
             exact_match=exact_match(prediction, row["answers"]),
             f1=f1(prediction, row["answers"]),
-            recall=recalls(read, row["answers"]),
+            recall=recalls(ordered, row["answers"]),
             answer_logp=answer_logp,
             iw_elbo=bound,
-            chosen=chosen,
+            chosen=order[:k],
         )
-        for (row, chosen, answer_logp, bound), read, prediction in zip(block, passages, predictions, strict=True)
+        for (row, order, answer_logp, bound), ordered, prediction in zip(block, passages, predictions, strict=True)
     ]
 
 
 def recalls(passages: Sequence[Passage], answers: Sequence[str]) -> list[float]:
-    """Returns recall@k for each k up to K: whether a normalised answer occurs in one of the first k passages."""
+    """Returns recall@k for each k up to the number of passages: whether a normalised answer occurs in one of the first k passages."""
     found = [contains_answer(p["text"], answers) for p in passages]
     return [float(any(found[: k + 1])) for k in range(len(found))]
 

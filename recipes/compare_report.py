@@ -11,8 +11,10 @@ from drorl.comparison import METRICS, Cell, Results
 from drorl.errors import InvalidInputError
 from drorl.statistics import Interval
 
-PERCENT = ("exact_match", "f1", "recall@1")
-NAMES = {"exact_match": "EM %", "f1": "F1 %", "recall@1": "recall@1 %", "iw_elbo": "iw_elbo, nats"}
+PERCENT = ("exact_match", "f1", "recall@1", "recall@3", "recall@5")
+NAMES = {"exact_match": "EM %", "f1": "F1 %", "iw_elbo": "iw_elbo, nats"} | {
+    f"recall@{k}": f"recall@{k} %" for k in (1, 3, 5)
+}
 HEAD = """# Results
 
 Written by `python recipes/compare.py report` from the files beside it; no number here is typed by hand. Means over
