@@ -172,7 +172,7 @@ def _answer(pipeline: RAGPipeline, block: Sequence[Ranked]) -> list[Record]:
 
 
 def recalls(passages: Sequence[Passage], answers: Sequence[str]) -> list[float]:
-    """Returns recall@k for each k up to the number of passages: whether a normalised answer occurs in one of the first k passages."""
+    """Returns recall@k for each k: whether a normalised answer occurs in one of the first k passages."""
     found = [contains_answer(p["text"], answers) for p in passages]
     return [float(any(found[: k + 1])) for k in range(len(found))]
 
