@@ -137,8 +137,10 @@ def draw_rollouts(
     config: DROConfig,
     questions: Sequence[Question],
     decide: Callable[[Sequence[SelectorPrompt]], Drawing] | None = None,
-) -> tuple[list[Rollout], Drawing]:
+) -> tuple[list[Rollout], Drawing | None]:
     """Draws permutations of each question from the constrained policy; returns them and what they were drawn from.
+
+    From the retriever's order nothing is drawn, so the selector is not asked: `None`.
 
     Args:
         pipeline ([`RAGPipeline`]): both models.
@@ -147,21 +149,21 @@ def draw_rollouts(
         decide (*optional*): makes the decisions after prompts; default: the pipeline's own selector.
     """
     prompts = [pipeline.prompts.selector(q.row["query"], q.shown) for q in questions]
-    # From the retriever's order nothing is asked before the loss asks.
-    decisions = decide(prompts) if decide else pipeline.decide(prompts, keep=config.proposal != "retriever")
+    decisions: Drawing | None = None
     drawn: list[dict[str, Any]]
     if config.proposal == "retriever":
         # The weight of a single sample is 1, however likely it is, so no probability is computed.
         orders = [tuple(map(q.shown.index, q.row["candidates"][: config.num_selected])) for q in questions]
         drawn = [{"permutations": [order]} for order in orders]
     else:
+        decisions = decide(prompts) if decide else pipeline.decide(prompts)
         every_first_choice = config.proposal == "first_choices"
         generators = [torch.Generator().manual_seed(question.seed) for question in questions]
         sampled = decisions.sample(config.num_generations, config.proposal_temperature, every_first_choice, generators)
         values = decisions.values([draw.permutations for draw in sampled])
         olds = [None] * len(sampled) if values is None else values.detach()
         drawn = [{**vars(draw), "old_values": old} for draw, old in zip(sampled, olds, strict=True)]
-    triples = zip(questions, decisions.prompts, drawn, strict=True)
+    triples = zip(questions, prompts, drawn, strict=True)
     return [_rollout(pipeline, config, question, prompt, **draw) for question, prompt, draw in triples], decisions
 
 

@@ -66,6 +66,37 @@ def test_on_policy_every_distinct_token_is_encoded_once(make_trainer: Make, num_
     assert contexts == distinct(answers)
 
 
+@pytest.mark.parametrize("num_selected", [1, 2])
+def test_each_passage_alone_is_encoded_once(make_trainer: Make, num_selected: int) -> None:
+    """A selector that scores queries has one pass for all decisions of all queries, to draw and to train."""
+    trainer = make_trainer(max_steps=1, num_selected=num_selected, identifiers="query")
+    backend_of(trainer.model)
+    rollouts = record_rollouts(trainer)
+    passes = encoded_tokens(trainer.model)
+    trainer.train()
+    selector = [[*ids, *query[:-1]] for _, r in rollouts for ids, query in r.prompt.queries]
+    generator = [[*context, *r.answers[0][:-1]] for _, r in rollouts for context in r.contexts if context]
+    assert passes == [distinct(selector), distinct(generator)]
+
+
+@pytest.mark.parametrize("identifiers", ["title", "query"])
+def test_a_frozen_selector_is_not_asked_for_the_retrievers_order(make_trainer: Make, identifiers: str) -> None:
+    """Supervised fine-tuning of the generator costs what the generator costs."""
+    trainer = make_trainer(
+        max_steps=1,
+        identifiers=identifiers,
+        proposal="retriever",
+        selector_objective="none",
+        num_generations=1,
+    )
+    backend_of(trainer.model)
+    rollouts = record_rollouts(trainer)
+    passes = encoded_tokens(trainer.model)
+    trainer.train()
+    contexts = [[*context, *r.answers[0][:-1]] for _, r in rollouts for context in r.contexts if context]
+    assert passes == [distinct(contexts)]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
