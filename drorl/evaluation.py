@@ -4,7 +4,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .pipeline import Passage, RAGPipeline
 from .weights import iw_elbo, log_importance_weights
 
 _STDERR = Console(stderr=True)
+_ROWS_A_PASS = 4  # of questions whose passages are chosen together: products large enough for a small model
 Ranked = tuple[Mapping[str, Any], list[int], float, float]  # row, order of candidates, answer_logp, iw_elbo
 
 
@@ -105,50 +106,63 @@ def evaluate_rows(
     progress = iter(shard if description is None else track(shard, description, transient=True, console=_STDERR))
     records: list[Record] = []
     with pipeline.evaluating():
-        while block := [
-            _select(pipeline, row, answer_target, num_samples, ranking) for row in islice(progress, batch_size)
-        ]:
-            records += _answer(pipeline, block)
+        while block := list(islice(progress, batch_size)):
+            parts = [block[start : start + _ROWS_A_PASS] for start in range(0, len(block), _ROWS_A_PASS)]
+            chosen = [_select(pipeline, part, answer_target, num_samples, ranking) for part in parts]
+            records += _answer(pipeline, [*chain.from_iterable(chosen)])
     gathered = gather_object([records])
     return [gathered[i % state.num_processes][i // state.num_processes] for i in range(len(rows))]
 
 
 def score_permutations(
     pipeline: RAGPipeline,
-    row: Mapping[str, Any],
-    shown: Sequence[Passage],
-    permutations: Sequence[Permutation],
+    rows: Sequence[Mapping[str, Any]],
+    shown: Sequence[Sequence[Passage]],
+    permutations: Sequence[Sequence[Permutation]],
     answer_target: str,
-) -> torch.Tensor:
-    """Returns log p_g(y|x,d_z) of each permutation of the candidates as shown, `(m,)`, nats, on the CPU."""
+) -> list[torch.Tensor]:
+    """Returns log p_g(y|x,d_z) of permutations of each row's candidates as shown, `(m,)` each, nats, on the CPU."""
     prompts = pipeline.generator_prompts
-    contexts = [prompts.generator(row["query"], [shown[i] for i in z]) for z in permutations]
-    targets = scored_answers(row, answer_target, pipeline.settings.num_candidates)
-    answers = [prompts.answer(a) for a in targets]
-    return answer_logps(pipeline.role(GENERATOR), contexts, [answers] * len(contexts)).cpu()
+    contexts, answers = [], []
+    for row, passages, of_row in zip(rows, shown, permutations, strict=True):
+        targets = scored_answers(row, answer_target, pipeline.settings.num_candidates)
+        contexts += [prompts.generator(row["query"], [passages[i] for i in z]) for z in of_row]
+        answers += [[prompts.answer(a) for a in targets]] * len(of_row)
+    logps = answer_logps(pipeline.role(GENERATOR), contexts, answers).cpu()
+    return list(logps.split([len(of_row) for of_row in permutations]))
 
 
 def _select(
-    pipeline: RAGPipeline, row: Mapping[str, Any], answer_target: str, num_samples: int, ranking: str | None
-) -> Ranked:
-    """Chooses passages for one question, and scores its answer under them."""
-    settings, candidates = pipeline.settings, list(row["candidates"])
+    pipeline: RAGPipeline,
+    rows: Sequence[Mapping[str, Any]],
+    answer_target: str,
+    num_samples: int,
+    ranking: str | None,
+) -> list[Ranked]:
+    """Chooses passages for some questions, and scores their answers under them."""
+    settings, candidates = pipeline.settings, [list(row["candidates"]) for row in rows]
     if ranking is not None:
-        order = ranked(row, ranking, settings.num_candidates)
-        read = tuple(order[: settings.num_selected])
-        logps = score_permutations(pipeline, row, candidates, [read], answer_target)
-        return row, order, float(logps[0]), math.nan
-    shown = pipeline.present(row["query"], candidates)
-    decisions = pipeline.decisions([row["query"]], [shown])
-    [greedy] = decisions.greedy()
+        orders = [ranked(row, ranking, settings.num_candidates) for row in rows]
+        read = [[tuple(order[: settings.num_selected])] for order in orders]
+        scores = score_permutations(pipeline, rows, candidates, read, answer_target)
+        return [(row, order, float(s[0]), math.nan) for row, order, s in zip(rows, orders, scores, strict=True)]
+    shown = [pipeline.present(row["query"], row["candidates"]) for row in rows]
+    decisions = pipeline.decisions([row["query"] for row in rows], shown)
+    greedy = decisions.greedy()
     # The same randomness for every system and every time, and none of the training's.
-    generator = torch.Generator().manual_seed(zlib.crc32(row["query"].encode()))
-    [draw] = decisions.sample(num_samples, every_first_choice=settings.num_selected == 1, generators=[generator])
-    logps = score_permutations(pipeline, row, shown, [greedy, *draw.permutations], answer_target)
-    bound = iw_elbo(log_importance_weights(logps[1:], draw.log_ratio))
-    [[first]] = decisions.logps([[()]])
-    order = dict.fromkeys([*greedy, *first.argsort(descending=True).tolist()])
-    return row, [candidates.index(shown[i]) for i in order], float(logps[0]), float(bound)
+    generators = [torch.Generator().manual_seed(zlib.crc32(row["query"].encode())) for row in rows]
+    draws = decisions.sample(num_samples, every_first_choice=settings.num_selected == 1, generators=generators)
+    # All that is asked of the decisions comes before the generator's adapter is active.
+    firsts = decisions.logps([[()]] * len(rows))
+    asked = [[z, *draw.permutations] for z, draw in zip(greedy, draws, strict=True)]
+    scores = score_permutations(pipeline, rows, shown, asked, answer_target)
+    chosen = []
+    for i, (first,) in enumerate(firsts):
+        bound = iw_elbo(log_importance_weights(scores[i][1:], draws[i].log_ratio))
+        order = dict.fromkeys([*greedy[i], *first.argsort(descending=True).tolist()])
+        order = [candidates[i].index(shown[i][place]) for place in order]
+        chosen.append((rows[i], order, float(scores[i][0]), float(bound)))
+    return chosen
 
 
 def _answer(pipeline: RAGPipeline, block: Sequence[Ranked]) -> list[Record]:

@@ -131,7 +131,7 @@ class Experiment:
             [draw] = decisions.sample(len(shown), every_first_choice=True)
             # All that is asked of the decisions comes before the generator's adapter is active.
             probabilities = decisions.logps([[()]])[0][0].exp()
-            logps = score_permutations(pipeline, row, shown, draw.permutations, self.answer_target)
+            [logps] = score_permutations(pipeline, [row], [shown], [draw.permutations], self.answer_target)
         weights = importance_weights(log_importance_weights(logps, draw.log_ratio))
         order = [candidates.index(passage) for passage in shown]
         place = [order.index(i) for i in range(len(order))]

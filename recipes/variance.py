@@ -48,7 +48,7 @@ def measured(pipeline: RAGPipeline, row: dict[str, Any]) -> dict[str, torch.Tens
     rows = [torch.autograd.grad(logp, parameters, retain_graph=True, allow_unused=True) for logp in logps[:, 0]]
     jacobian = torch.stack([torch.cat([g.flatten() for g in row if g is not None]) for row in rows]).double()
     with torch.no_grad():
-        generator_logps = score_permutations(pipeline, row, shown, permutations, "surface")
+        [generator_logps] = score_permutations(pipeline, [row], [shown], [permutations], "surface")
     return {
         "selector": logps.detach()[:, 0].double(),
         "generator": generator_logps.double(),

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drorl.comparison import Cell, Results
 from drorl.errors import InvalidInputError
-from drorl.evaluation import position_bias, position_shares, ranked
+from drorl.evaluation import evaluate_rows, position_bias, position_shares, ranked
 from drorl.statistics import crossed_bootstrap
 from drorl.trainer import DROTrainer
 
@@ -184,6 +184,30 @@ def test_position_bias_tells_a_place_from_a_passage(
         monkeypatch.setattr(trainer.pipeline, "decisions", lambda queries, shown, by=by_place: Decided(shown[0], by))
         shares = position_shares(trainer.pipeline, data)
         assert position_bias(shares) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_selected", [1, 2])
+@pytest.mark.parametrize("identifiers", ["number", "query"])
+def test_questions_that_are_asked_together_are_answered_as_alone(
+    make_trainer: Callable[..., DROTrainer], rows: Callable[..., Rows], num_selected: int, identifiers: str
+) -> None:
+    """Nine questions, of which four share a pass: the same choices, answers and bounds; and what recall@k counts.
+
+    To 1e-4 nats of float32. The first K of the order are the choice, and at k = N every passage is there.
+    """
+    trainer = make_trainer(num_selected=num_selected, identifiers=identifiers, shuffle_candidates=True)
+    data = rows(9, 6)
+    together = evaluate_rows(trainer.pipeline, data, num_samples=3)
+    alone = [record for row in data for record in evaluate_rows(trainer.pipeline, [row], num_samples=3)]
+    for a, b, row in zip(together, alone, data, strict=True):
+        assert (a.query, a.prediction, a.chosen, a.recall) == (b.query, b.prediction, b.chosen, b.recall)
+        assert (a.answer_logp, a.iw_elbo) == pytest.approx((b.answer_logp, b.iw_elbo), abs=1e-4)
+        assert len(a.chosen) == num_selected
+        assert len(a.recall) == 6
+        held = [row["answers"][0] in row["candidates"][i]["text"] for i in a.chosen]
+        assert a.recall[num_selected - 1] == any(held)
+        assert a.recall == sorted(a.recall)
+        assert a.recall[-1] == 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------ the grid

@@ -48,7 +48,7 @@ def test_a_worked_example_shows_the_selectors_probabilities(
             first = decisions.logps([[()]])[0][0]
             chosen = decisions.permutation_logps([drawn])[0][0]
         assert example["probabilities"] == pytest.approx(first.exp().tolist(), abs=1e-5)
-        answer_logps = score_permutations(pipeline, row, row["candidates"], drawn, config.answer_target)
+        [answer_logps] = score_permutations(pipeline, [row], [row["candidates"]], [drawn], config.answer_target)
         # q(z_1) = 1/N, and the later decisions are drawn from p_s itself.
         expected = torch.softmax(answer_logps + chosen[:, 0], dim=0)
         assert example["importance_weights"] == pytest.approx(expected.tolist(), abs=1e-5)
