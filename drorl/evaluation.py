@@ -202,7 +202,8 @@ def position_shares(pipeline: RAGPipeline, rows: Iterable[Mapping[str, Any]]) ->
         shown = pipeline.present(row["query"], row["candidates"], "position")
         orders = [shown[step:] + shown[:step] for step in range(len(shown))]
         with pipeline.evaluating():
-            first = [pipeline.decisions([row["query"]], [order]).logps([[()]])[0][0].exp() for order in orders]
+            decisions = pipeline.decisions([row["query"]] * len(orders), orders)
+            first = [of_order[0].exp() for of_order in decisions.logps([[()]] * len(orders))]
         shares.append(torch.stack(first).mean(dim=0).tolist())
     return shares
 

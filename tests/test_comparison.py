@@ -172,16 +172,17 @@ def test_position_bias_tells_a_place_from_a_passage(
     data = rows(3, 6)
 
     class Decided:
-        def __init__(self, shown: Rows, by_place: bool):
-            place = 0 if by_place else next(i for i, c in enumerate(shown) if c["id"] == min(x["id"] for x in shown))
-            self.row = torch.full((6,), -torch.inf)
-            self.row[place] = 0.0
+        def __init__(self, orders: list[Rows], by_place: bool):
+            self.rows = torch.full((len(orders), 1, 6), -torch.inf)
+            for row, shown in zip(self.rows, orders, strict=True):
+                ids = [c["id"] for c in shown]
+                row[0, 0 if by_place else ids.index(min(ids))] = 0.0
 
         def logps(self, prefixes: list) -> list[torch.Tensor]:
-            return [self.row[None]]
+            return list(self.rows)
 
     for by_place, expected in ((False, 0.0), (True, 1 - 1 / 6)):
-        monkeypatch.setattr(trainer.pipeline, "decisions", lambda queries, shown, by=by_place: Decided(shown[0], by))
+        monkeypatch.setattr(trainer.pipeline, "decisions", lambda queries, shown, by=by_place: Decided(shown, by))
         shares = position_shares(trainer.pipeline, data)
         assert position_bias(shares) == pytest.approx(expected, abs=1e-6)
 
