@@ -1,11 +1,12 @@
 """Prompts: the only place where text for a model is rendered and tokenized.
 
-Training, sampling, evaluation and serving all call [`PromptBuilder`], so they cannot differ. Three rules:
+Training, sampling, evaluation and serving all call [`PromptBuilder`], so they cannot differ. Four rules:
 
 - Text from outside (queries, passages, titles, answers) is tokenized with `split_special_tokens=True`: a passage that
   contains `<|im_end|>` yields ordinary tokens, never a control token.
 - The selector reads the query before *and* after the passages (a causal model cannot judge a passage by a question it
   has not read yet); the generator reads it first, so that contexts share a long prefix.
+- What prompts have in common stands at their beginning, where it is encoded once.
 - A prompt that is too long loses passage text, never the query, and the loss is counted.
 """
 
@@ -26,8 +27,7 @@ SELECTOR_TAIL = {
     "letter": "\nQuestion: {query}\nRank the {k} passages that help most to answer it, best first: [C] > [A] > ...",
     "title": "\nQuestion: {query}\nWrite the titles of the {k} passages that help most to answer it, best first.",
 }
-QUERY_HEAD = "Passage:\n"
-QUERY_TAIL = "Write a question that this passage answers."
+QUERY_HEAD = "Write a question that the passage answers.\nPassage: "
 GENERATOR_HEAD = "Answer the question with the help of the passages. Write only the answer.\nQuestion: {query}\n\n"
 GENERATOR_TAIL = "Answer:"
 
@@ -135,7 +135,7 @@ class PromptBuilder:
         if self.identifiers == "query":
             asked = self.answer(query)
             pairs = zip(titles, texts, strict=True)
-            alone = [self._prompt(query, QUERY_HEAD, [h], [t], QUERY_TAIL, len(asked)) for h, t in pairs]
+            alone = [self._prompt(query, QUERY_HEAD, [h], [t], "", len(asked)) for h, t in pairs]
             return SelectorPrompt([], identifiers, slate, scores, [(prompt, asked) for prompt in alone])
         ids = self._prompt(query, SELECTOR_HEAD, headers, texts, SELECTOR_TAIL[self.identifiers], slate.max_length)
         return SelectorPrompt(ids, identifiers, slate, scores)
