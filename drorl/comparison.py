@@ -16,7 +16,8 @@ from .errors import InvalidInputError
 from .evaluation import Record, aggregate, per_question
 from .statistics import Interval, crossed_bootstrap
 
-METRICS = ("exact_match", "f1", "recall@1", "recall@3", "recall@5", "iw_elbo")
+RATES = ("exact_match", "f1", "recall@1", "recall@3", "recall@5")
+METRICS = (*RATES, "iw_elbo")
 _DIGITS = 4
 
 
@@ -56,9 +57,8 @@ class Cell:
 
 def nothing(num_questions: int) -> tuple[dict[str, float | None], dict[str, list]]:
     """Returns the metrics and predictions of a system that has diverged: it answers no question."""
-    right = ("exact_match", "f1", "recall@1", "recall@3", "recall@5")
     kept: dict[str, list] = {"prediction": [""] * num_questions, "chosen": [[]] * num_questions}
-    return dict.fromkeys(right, 0.0), kept | {name: [0.0] * num_questions for name in right}
+    return dict.fromkeys(RATES, 0.0), kept | {name: [0.0] * num_questions for name in RATES}
 
 
 def describe(records: Sequence[Record]) -> tuple[dict[str, float | None], dict[str, list]]:

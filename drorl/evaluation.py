@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -22,7 +22,8 @@ from .pipeline import Passage, RAGPipeline
 from .weights import iw_elbo, log_importance_weights
 
 _STDERR = Console(stderr=True)
-_ROWS_A_PASS = 4  # of questions whose passages are chosen together: products large enough for a small model
+T = TypeVar("T")
+_PROMPTS_A_PASS = 4  # of the selector: products large enough for a small model, and little memory
 Ranked = tuple[Mapping[str, Any], list[int], float, float]  # row, order of candidates, answer_logp, iw_elbo
 
 
@@ -107,11 +108,15 @@ def evaluate_rows(
     records: list[Record] = []
     with pipeline.evaluating():
         while block := list(islice(progress, batch_size)):
-            parts = [block[start : start + _ROWS_A_PASS] for start in range(0, len(block), _ROWS_A_PASS)]
-            chosen = [_select(pipeline, part, answer_target, num_samples, ranking) for part in parts]
+            chosen = [_select(pipeline, part, answer_target, num_samples, ranking) for part in _parts(block)]
             records += _answer(pipeline, [*chain.from_iterable(chosen)])
     gathered = gather_object([records])
     return [gathered[i % state.num_processes][i // state.num_processes] for i in range(len(rows))]
+
+
+def _parts(items: Sequence[T]) -> list[Sequence[T]]:
+    """Cuts what is to be asked into what one pass takes."""
+    return [items[start : start + _PROMPTS_A_PASS] for start in range(0, len(items), _PROMPTS_A_PASS)]
 
 
 def score_permutations(
@@ -202,8 +207,11 @@ def position_shares(pipeline: RAGPipeline, rows: Iterable[Mapping[str, Any]]) ->
         shown = pipeline.present(row["query"], row["candidates"], "position")
         orders = [shown[step:] + shown[:step] for step in range(len(shown))]
         with pipeline.evaluating():
-            decisions = pipeline.decisions([row["query"]] * len(orders), orders)
-            first = [of_order[0].exp() for of_order in decisions.logps([[()]] * len(orders))]
+            first = [
+                of_order[0].exp()
+                for part in _parts(orders)
+                for of_order in pipeline.decisions([row["query"]] * len(part), part).logps([[()]] * len(part))
+            ]
         shares.append(torch.stack(first).mean(dim=0).tolist())
     return shares
 

@@ -7,14 +7,11 @@ from typing import Any
 
 import yaml
 
-from drorl.comparison import METRICS, Cell, Results
+from drorl.comparison import METRICS, RATES, Cell, Results
 from drorl.errors import InvalidInputError
 from drorl.statistics import Interval
 
-PERCENT = ("exact_match", "f1", "recall@1", "recall@3", "recall@5")
-NAMES = {"exact_match": "EM %", "f1": "F1 %", "iw_elbo": "iw_elbo, nats"} | {
-    f"recall@{k}": f"recall@{k} %" for k in (1, 3, 5)
-}
+NAMES = {name: f"{name} %" for name in RATES} | {"exact_match": "EM %", "f1": "F1 %", "iw_elbo": "iw_elbo, nats"}
 HEAD = """# Results
 
 Written by `python recipes/compare.py report` from the files beside it; no number here is typed by hand. Means over
@@ -42,8 +39,8 @@ APART = {  # what other recipes have written: title, command, what follows
 def _shown(interval: Interval | None, metric: str, signed: bool = False, bold: bool = False) -> str:
     if interval is None:
         return "-"
-    factor = 100 if metric in PERCENT else 1
-    digits = 1 if metric in PERCENT else 2
+    factor = 100 if metric in RATES else 1
+    digits = 1 if metric in RATES else 2
     sign = "+" if signed else ""
     text = f"{factor * interval.mean:{sign}.{digits}f}"
     if all(map(math.isfinite, interval.ci95)):

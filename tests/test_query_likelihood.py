@@ -10,16 +10,17 @@ import torch
 from helpers import assert_same_gradients, gradients
 from peft import PeftModel
 from runs import GradientRecorder, adapter_state, config
+from test_trainer import record_rollouts
 from transformers import PreTrainedTokenizerFast
 
 from drorl.adapters import SELECTOR, activate, adapter_parameters
-from drorl.engines.pipeline import EnginePipeline
+from drorl.engines.pipeline import saved_base
 from drorl.errors import InvalidInputError
 from drorl.policy import SelectorPolicy
 from drorl.ppo import ValueHead
-from drorl.prompts import PromptBuilder, SelectorPrompt
+from drorl.prompts import PromptBuilder, PromptTooLongError, SelectorPrompt
 from drorl.query_likelihood import QueryLikelihoods
-from drorl.settings import PipelineSettings
+from drorl.rollouts import batches
 from drorl.trainer import DROTrainer
 
 POLICY = SelectorPolicy(temperature=2.5, retrieval_prior_weight=0.3)
@@ -161,10 +162,19 @@ def test_a_step_is_the_same_however_memory_is_spent(settings: dict, make_trainer
 
 
 def test_the_size_of_a_rollout_counts_passages_and_queries(make_trainer: Make) -> None:
-    """A bound on tokens that one query does not fit into is refused with the number of its distinct tokens."""
-    trainer = make_trainer(identifiers="query", max_tokens_per_forward=50)
+    """The tokens of the larger role, each once: here the selector's. A bound below them is refused."""
+    trainer = make_trainer(identifiers="query", max_steps=1)
+    rollouts = record_rollouts(trainer)
+    trainer.train()
+    sizes = []
+    for _, rollout in rollouts:
+        paths = [[*ids, *query] for ids, query in rollout.prompt.queries]
+        distinct = {tuple(path[:end]) for path in paths for end in range(1, len(path) + 1)}
+        assert rollout.size == len(distinct)
+        sizes.append(len(distinct))
+    assert [len(batch) for batch in batches([r for _, r in rollouts], max(sizes))] == [1] * len(sizes)
     with pytest.raises(InvalidInputError, match="distinct tokens"):
-        trainer.train()
+        list(batches([r for _, r in rollouts], min(sizes) - 1))
 
 
 def test_it_is_saved_with_the_adapters(make_trainer: Make, tmp_path: Path) -> None:
@@ -180,7 +190,21 @@ def test_engines_and_free_text_are_refused(settings: dict, tmp_path: Path) -> No
         config(tmp_path, identifiers="query", **settings)
 
 
-def test_an_engine_does_not_serve_it(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Serving such a run through vLLM is refused in one line."""
-    with pytest.raises(InvalidInputError, match="backend='transformers'"):
-        EnginePipeline(None, {}, tokenizer, PipelineSettings(identifiers="query"))
+def test_an_engine_is_not_started_for_it(make_trainer: Make, tmp_path: Path) -> None:
+    """Serving such a run through vLLM is refused in one line, before anything is loaded."""
+    make_trainer(identifiers="query").pipeline.save_pretrained(tmp_path)
+    with pytest.raises(InvalidInputError, match='backend="transformers"'):
+        saved_base(tmp_path)
+
+
+def test_a_query_that_does_not_fit_is_refused(tokenizer: PreTrainedTokenizerFast, rows: Callable[..., list]) -> None:
+    """Passages are cut to make room for the query behind them, down to nothing and not below."""
+    [row] = rows(1, N)
+    whole = PromptBuilder(tokenizer, "query", K).selector(row["query"], row["candidates"])
+    longest = max(len(ids) + len(query) for ids, query in whole.queries)
+    cut = PromptBuilder(tokenizer, "query", K, max_prompt_tokens=longest - 3)
+    assert max(len(ids) + len(query) for ids, query in cut.selector(row["query"], row["candidates"]).queries) == (
+        longest - 3
+    )
+    with pytest.raises(PromptTooLongError, match="shorten the query"):
+        PromptBuilder(tokenizer, "query", K, max_prompt_tokens=40).selector(row["query"], row["candidates"])

@@ -37,8 +37,6 @@ class EnginePipeline(RAGPipeline):
     ):
         self.engine, self.versions = engine, versions
         self.models = []
-        if settings.identifiers == "query":
-            raise InvalidInputError("identifiers='query' asks for likelihoods of prompts: use backend='transformers'")
         self._describe(tokenizer, tokenizer, settings)
         self.prompts = self.generator_prompts = self._builder(engine.window, tokenizer)
 
@@ -78,9 +76,14 @@ def saved_base(run_dir: Path) -> str:
     """Returns the base of a saved run.
 
     Raises:
-        InvalidInputError: if it has two.
+        InvalidInputError: if it has two, or a selector that no engine can ask.
     """
     saved = _saved(run_dir)
+    if saved["settings"]["identifiers"] == "query":
+        raise InvalidInputError(
+            f"{run_dir} was trained with identifiers='query', which asks for the likelihood of prompts: use "
+            'backend="transformers"'
+        )
     if saved["generator_base_model"] is not None:
         raise InvalidInputError(
             f"{run_dir} has a separate generator ({saved['generator_base_model']}), and an engine has one base: use "
