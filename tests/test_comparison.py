@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drorl.comparison import Cell, Results
 from drorl.errors import InvalidInputError
-from drorl.evaluation import evaluate_rows, position_bias, position_shares, ranked
+from drorl.evaluation import evaluate_rows, position_bias, position_shares, ranked, score_permutations
 from drorl.statistics import crossed_bootstrap
 from drorl.trainer import DROTrainer
 
@@ -212,6 +212,10 @@ def test_questions_that_are_asked_together_are_answered_as_alone(
         order = [*a.chosen, *(i for i in best if i not in a.chosen)]
         holds = [row["answers"][0] in row["candidates"][i]["text"] for i in order]
         assert a.recall == [any(holds[:k]) for k in range(1, 7)]
+        if num_selected == 1:  # every choice is enumerated: the bound is log sum_i p_s(i) p_g(y|x,d_i)
+            [scores] = score_permutations(trainer.pipeline, [row], [shown], [[(i,) for i in range(6)]], "surface")
+            assert a.iw_elbo == pytest.approx(torch.logsumexp(first[0] + scores, dim=0).item(), abs=1e-4)
+            assert a.answer_logp == pytest.approx(scores[shown.index(row["candidates"][a.chosen[0]])].item(), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ the grid
