@@ -19,7 +19,7 @@ class PipelineSettings:
     num_candidates: int = _setting(20, "N: passages that the selector reads.")
     num_selected: int = _setting(5, "K: passages that the generator reads.")
     shuffle_candidates: bool = _setting(False, "Show the candidates in a random order.")
-    identifiers: str = _setting("number", "How a permutation names passages.", IDENTIFIERS)
+    identifiers: str = _setting("number", "What the selector writes for a passage; query: the query.", IDENTIFIERS)
     selector_temperature: float = _setting(1.0, "Temperature of the selector's policy.")
     retrieval_prior_weight: float = _setting(0.0, "Weight of the retriever's score.")
     max_passage_tokens: int | None = _setting(None, "Cut each passage to so many tokens.")
