@@ -50,7 +50,7 @@ def test_the_command_line_beats_the_file(recipe):
     """A flag overrides the YAML file, which overrides the default."""
     script, config = parse(recipe, "--config", CONFIGS[0], "--max_steps", "3", "--max_minutes", "1.5")
     assert (config.max_steps, script.max_minutes) == (3, 1.5)
-    assert config.identifiers == "title" != DROConfig.identifiers
+    assert config.identifiers == "query" != DROConfig.identifiers
 
 
 def test_an_unknown_key_fails(recipe, tmp_path, capsys):
