@@ -149,8 +149,9 @@ def run_cell(
         pieces = model, config, rows["train"], None, tokenizer, generator, generator_tokenizer
         return DROTrainer(*pieces, callbacks=[RichProgressCallback(f"{title}, seed {seed}")])
 
+    asked_later = ("num_eval_questions", "max_minutes", "em_patience")  # no part of the warm-up
     same = [
-        asdict(script),
+        {name: value for name, value in asdict(script).items() if name not in asked_later},
         asdict(PipelineSettings.from_config(config)),
         config.answer_target,
         config.weight_decay,
@@ -228,7 +229,8 @@ def tuning_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
     for method in args.methods or list(grid.methods):
         for extra in grid.tuning["settings"]:
             name = f"{method} / " + ", ".join(f"{key} {value:g}" for key, value in extra.items())
-            yield name, grid.settings(method, extra), grid.seeds[0], grid.tuning["budget"], "validation"
+            settings = grid.settings(method, {**extra, **grid.tuning.get("shared", {})})
+            yield name, settings, grid.seeds[0], grid.tuning["budget"], "validation"
 
 
 def readings_of(grid: Grid, method: str) -> dict[str, str]:

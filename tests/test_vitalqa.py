@@ -9,9 +9,18 @@ from rich.console import Console
 
 from drorl.data import packages, vitalqa
 from drorl.data.rows import validate_rows
-from drorl.data.vitalqa import Corpus, Question, make_rows, read_passages, read_questions, split_of, to_dataset
+from drorl.data.vitalqa import (
+    Corpus,
+    Question,
+    make_rows,
+    passages_of,
+    read_articles,
+    read_questions,
+    split_of,
+    to_dataset,
+)
 
-PASSAGES = {
+ARTICLES = {
     "Danube": "The Danube is a river that flows through Vienna and Budapest before it reaches the Black Sea.",
     "Rhine": "The Rhine is a river that flows through Basel and Cologne before it reaches the North Sea.",
     "Thames": "The Thames is a river that flows through Oxford and London before it reaches the North Sea.",
@@ -21,9 +30,9 @@ PASSAGES = {
 
 
 @pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    """The five passages above."""
-    return Corpus([{"id": title, "title": title, "text": text} for title, text in PASSAGES.items()])
+def articles() -> list[dict[str, str]]:
+    """The five articles above, each short enough to be one passage."""
+    return [{"id": title, "title": title, "text": text} for title, text in ARTICLES.items()]
 
 
 def question(query: str, *answers: str, source: str = "trivia") -> Question:
@@ -31,15 +40,15 @@ def question(query: str, *answers: str, source: str = "trivia") -> Question:
     return Question(query, source, query, list(answers))
 
 
-def kept(corpus: Corpus, *questions: Question) -> dict[str, str]:
+def kept(articles: list[dict[str, str]], *questions: Question) -> dict[str, str]:
     """Query -> gold of the questions that pass the filter, with three candidates each."""
-    return {row["query"]: row["gold"] for row in make_rows(questions, corpus, num_candidates=3)}
+    return {row["query"]: row["gold"] for row in make_rows(questions, articles, num_candidates=3)}
 
 
-def test_a_supported_question_is_kept_with_its_gold(corpus: Corpus) -> None:
+def test_a_supported_question_is_kept_with_its_gold(articles: list[dict[str, str]]) -> None:
     """A question is kept when a candidate contains an answer and shares enough of its terms; that one is the gold."""
     river = question("The river that flows by Cologne and Basel", "Rhine", "Rhein")
-    assert kept(corpus, river) == {river.query: "Rhine"}
+    assert kept(articles, river) == {river.query: "Rhine"}
 
 
 @pytest.mark.parametrize(
@@ -61,36 +70,36 @@ def test_a_supported_question_is_kept_with_its_gold(corpus: Corpus) -> None:
     ],
     ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
 )
-def test_an_unsupported_question_is_dropped(corpus: Corpus, dropped: Question, why: str) -> None:
+def test_an_unsupported_question_is_dropped(articles: list[dict[str, str]], dropped: Question, why: str) -> None:
     """Each condition of the filter is enough to drop a question by itself."""
-    assert kept(corpus, dropped) == {}, why
+    assert kept(articles, dropped) == {}, why
 
 
-def test_coverage_is_asked_for_by_source(corpus: Corpus) -> None:
+def test_coverage_is_asked_for_by_source(articles: list[dict[str, str]]) -> None:
     """A passage that covers about half of a question's idf mass supports it where 40 % will do, not 70 %."""
     query = "The river that flows by Basel and zebras"
-    assert kept(corpus, question(query, "Rhine", source="trivia")) == {query: "Rhine"}
-    assert kept(corpus, question(query, "Rhine", source="wq")) == {}
+    assert kept(articles, question(query, "Rhine", source="trivia")) == {query: "Rhine"}
+    assert kept(articles, question(query, "Rhine", source="wq")) == {}
 
 
-def test_answer_words_do_not_count_as_coverage(corpus: Corpus) -> None:
+def test_answer_words_do_not_count_as_coverage(articles: list[dict[str, str]]) -> None:
     """Terms of the answer are taken out of the question first: sharing them is what containing an answer is."""
     sea = "The sea that is black"
-    assert kept(corpus, question(sea, "Budapest")) == {sea: "Danube"}
-    assert kept(corpus, question(sea, "Black Sea")) == {}
+    assert kept(articles, question(sea, "Budapest")) == {sea: "Danube"}
+    assert kept(articles, question(sea, "Black Sea")) == {}
 
 
-def test_candidates_are_in_the_retrievers_order(corpus: Corpus) -> None:
+def test_candidates_are_in_the_retrievers_order(articles: list[dict[str, str]]) -> None:
     """Scores fall, equal ones are in the corpus' order, and passages without a shared term are no candidates."""
-    (hits,) = corpus.search(vitalqa.analyse(["The river that reaches the North Sea"]), k=5)
-    assert [list(PASSAGES)[position] for position, _ in hits] == ["Rhine", "Thames", "Danube"]
+    (hits,) = Corpus(articles).search(vitalqa.analyse(["The river that reaches the North Sea"]), k=5)
+    assert [list(ARTICLES)[position] for position, _ in hits] == ["Rhine", "Thames", "Danube"]
     assert hits[0][1] == hits[1][1] > hits[2][1] > 0
 
 
-def test_questions_with_one_gold_share_a_split(corpus: Corpus) -> None:
-    """The split is a function of the gold passage, so no passage is gold in two of them, and no row is lost."""
+def test_questions_with_one_gold_share_a_split(articles: list[dict[str, str]]) -> None:
+    """The split is a function of the gold article, so no article is gold in two of them, and no row is lost."""
     queries = [f"The river that flows by {city}" for city in ("Basel", "Cologne", "London", "Oxford", "Vienna")]
-    rows = make_rows([question(query, "Rhine", "Thames", "Danube") for query in queries], corpus, num_candidates=3)
+    rows = make_rows([question(query, "Rhine", "Thames", "Danube") for query in queries], articles, num_candidates=3)
     golds = {name: set(part["gold"]) for name, part in to_dataset(rows).items()}
     assert sum(part.num_rows for part in to_dataset(rows).values()) == len(rows) == 5
     assert all(split_of(gold) == name for name, of_split in golds.items() for gold in of_split)
@@ -98,17 +107,17 @@ def test_questions_with_one_gold_share_a_split(corpus: Corpus) -> None:
 
 
 def test_splits_have_their_shares() -> None:
-    """Of many gold passages, the three splits get about the shares asked for: 19, 8 and 73 %."""
+    """Of many gold articles, the three splits get about the shares asked for: 19, 8 and 73 %."""
     splits = [split_of(f"passage {i}") for i in range(5000)]
     for split, share in {"test": 0.19, "validation": 0.08, "train": 0.73}.items():
         assert splits.count(split) / 5000 == pytest.approx(share, abs=0.02)
 
 
-def test_the_build_is_deterministic(corpus: Corpus) -> None:
+def test_the_build_is_deterministic(articles: list[dict[str, str]]) -> None:
     """The same input in another order of questions gives the same rows, byte for byte, and they are valid rows."""
     questions = [question(f"The river that flows by {city}", "Rhine", "Thames") for city in ("Basel", "London")]
-    rows = make_rows(questions, corpus, num_candidates=3)
-    again = make_rows(questions[::-1], Corpus(corpus.passages), num_candidates=3)
+    rows = make_rows(questions, articles, num_candidates=3)
+    again = make_rows(questions[::-1], [*articles], num_candidates=3)
     assert json.dumps(rows) == json.dumps(again)
     assert len(rows) == 2
     validate_rows(rows, num_selected=3, require_scores=True)
@@ -144,28 +153,69 @@ def test_json_rows(tmp_path: Path) -> None:
     assert read_questions(path, "wq") == ([Question("wq-test-0", "wq", "who?", ["me"])], 2)
 
 
-def test_short_passages_are_left_out(tmp_path: Path) -> None:
-    """An introduction of eleven words is no passage, one of twelve is."""
+def test_short_articles_are_left_out(tmp_path: Path) -> None:
+    """An introduction of eleven words is no article, one of twelve is."""
     articles = {name: {"title": name, "extract": " ".join("w" * words)} for name, words in {"a": 11, "b": 12}.items()}
     path = tmp_path / "summaries.json"
     path.write_text(json.dumps(articles), encoding="utf-8")
-    assert [passage["id"] for passage in read_passages(path)] == ["b"]
+    assert [article["id"] for article in read_articles(path)] == ["b"]
 
 
-def test_recall_of_random_order_is_its_expectation(corpus: Corpus) -> None:
+def cut(text: str) -> list[str]:
+    """The texts of an article's passages."""
+    passages = passages_of({"id": "A", "title": "The A", "text": text})
+    assert [(p["id"], p["title"]) for p in passages] == [(f"A#{i}", "The A") for i in range(len(passages))]
+    return [p["text"] for p in passages]
+
+
+def test_articles_are_cut_at_the_ends_of_sentences() -> None:
+    """Sentences stay together up to 36 words; an initial, an abbreviation or a decimal point ends none."""
+    ten, twenty, thirty = (" ".join([f"W{n}", *["w"] * (n - 2), "end."]) for n in (10, 20, 30))
+    assert cut(f"{ten} {twenty}  {thirty}") == [f"{ten} {twenty}", thirty]
+    assert cut(f"{thirty} {ten} {twenty}") == [thirty, f"{ten} {twenty}"]
+    names = " ".join(["w"] * 30) + " by J. R. Tolkien of U.S. Steel costs 3. 5 Dollars"
+    assert cut(names) == [" ".join(names.split()[:36]), " ".join(names.split()[36:])]
+
+
+def test_a_long_sentence_is_cut_into_windows() -> None:
+    """A sentence of 80 words gives 36, 36 and 8; what follows joins the last one, and no word is lost."""
+    words = [f"W{i}" for i in range(79)] + ["end."]
+    after = "Then it stops."
+    assert cut(f"Short one. {' '.join(words)} {after}") == [
+        "Short one.",
+        " ".join(words[:36]),
+        " ".join(words[36:72]),
+        f"{' '.join(words[72:])} {after}",
+    ]
+
+
+def test_the_gold_article_is_found_whole_and_its_passages_are_candidates() -> None:
+    """An article supports a question though no passage of it does alone; the candidates are passages."""
+    filler = " ".join(["Barges carry gravel and grain past many small harbours every day in spring and in winter"] * 2)
+    text = f"It flows through Basel and Cologne. {filler}. Its name is Rhine."
+    articles = [{"id": "R", "title": "A river", "text": text}]
+    articles += [{"id": str(i), "title": f"Town {i}", "text": f"Town {i} has a river and {filler}."} for i in range(3)]
+    asked = question("The river that flows by Cologne and Basel", "Rhine")
+    (row,) = make_rows([asked], articles, num_candidates=4)
+    assert row["gold"] == "R"
+    assert row["candidates"][0]["id"] == "R#0"
+    assert not any("Rhine" in c["text"] for c in row["candidates"] if c["id"] == "R#0")
+
+
+def test_recall_of_random_order_is_its_expectation(articles: list[dict[str, str]]) -> None:
     """With one of three candidates holding the answer, recall@1 is 1/3 at random and recall@3 is 1 in any order."""
-    rows = make_rows([question("The river that flows by Basel", "Rhine")], corpus, num_candidates=3)
+    rows = make_rows([question("The river that flows by Basel", "Rhine")], articles, num_candidates=3)
     facts = vitalqa.describe_rows(rows)
     assert facts["answer_recall_random_order"]["1"] == pytest.approx(1 / 3, abs=1e-4)
     assert facts["answer_recall_random_order"]["3"] == facts["answer_recall_bm25_order"]["3"] == 1.0
 
 
 def test_a_finished_build_is_loaded_not_repeated(
-    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, articles: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `_build` wrote is what is loaded, schema included, and the second call does not build."""
     cities = {"Basel": "Rhine", "London": "Thames", "Budapest": "Danube"}
-    rows = make_rows([question(f"The river that flows by {c}", river) for c, river in cities.items()], corpus, 3)
+    rows = make_rows([question(f"The river that flows by {c}", river) for c, river in cities.items()], articles, 3)
     splits = dict(zip(cities.values(), ("train", "validation", "test"), strict=True))
     monkeypatch.setattr(vitalqa, "split_of", splits.__getitem__)
     builds = []
@@ -189,15 +239,15 @@ def test_a_finished_build_is_loaded_not_repeated(
 def test_the_real_set(tmp_path: Path) -> None:
     """The real build has the sizes and recall that are documented, disjoint golds, and a rebuild gives equal rows."""
     dataset, facts = vitalqa.load_vitalqa(), vitalqa.vitalqa_facts()
-    assert (facts["passages"], sum(facts["questions_read"].values())) == (10021, 34549)
+    assert (facts["articles"], facts["passages"], sum(facts["questions_read"].values())) == (10021, 30634, 34549)
     assert {name: part.num_rows for name, part in dataset.items()} == {"train": 1764, "validation": 165, "test": 423}
-    assert facts["all"]["answer_recall_bm25_order"]["1"] == pytest.approx(0.76, abs=0.01)
-    assert facts["all"]["answer_recall_random_order"]["1"] == pytest.approx(0.11, abs=0.01)
+    assert facts["all"]["answer_recall_bm25_order"]["1"] == pytest.approx(0.48, abs=0.01)
+    assert facts["all"]["answer_recall_random_order"]["1"] == pytest.approx(0.08, abs=0.01)
     golds = [set(part["gold"]) for part in dataset.values()]
     assert sum(map(len, golds)) == len(set().union(*golds))
     for part in dataset.values():
         validate_rows(part, num_selected=20, require_scores=True)
-        assert all(row["gold"] in {c["id"] for c in row["candidates"]} for row in part)
+        assert max(len(c["text"].split()) for row in part for c in row["candidates"]) <= 36
 
     vitalqa._build(tmp_path, packages.cache_dir())
     assert json.loads((tmp_path / "facts.json").read_text(encoding="utf-8")) == facts  # has checksums of all rows

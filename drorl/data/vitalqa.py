@@ -162,7 +162,7 @@ def read_articles(path: Path) -> list[Passage]:
 
 
 def passages_of(article: Passage) -> list[Passage]:
-    """Cuts an article into passages of at most `MAX_PASSAGE_WORDS` words: whole sentences, where they are not longer."""
+    """Cuts an article into passages of at most `MAX_PASSAGE_WORDS` words, of whole sentences unless one is longer."""
     texts: list[list[str]] = [[]]
     for sentence in _SENTENCE_END.split(article["text"]):
         words = sentence.split()
@@ -215,6 +215,8 @@ class Corpus:
         Scores are rounded before they are compared, and more than `k` are fetched, so that the order does not hang on
         the last bit or on how a library breaks ties. Passages that share no term with the query are left out.
         """
+        if not queries:
+            return []
         fetched = min(k + TIE_MARGIN, len(self.passages))
         found = self._index.retrieve(list(queries), k=fetched, show_progress=False)
         ranked = []
@@ -260,7 +262,9 @@ def find_gold(
     return None
 
 
-def make_rows(questions: Sequence[Question], articles: Sequence[Passage], num_candidates: int = NUM_CANDIDATES) -> list[Row]:
+def make_rows(
+    questions: Sequence[Question], articles: Sequence[Passage], num_candidates: int = NUM_CANDIDATES
+) -> list[Row]:
     """The rows of all questions that have a gold article, in the order of a hash of the id, which mixes the sources.
 
     Args:
