@@ -2,9 +2,9 @@ r"""Times ways of sampling permutations: the trainer's own model, and vLLM in se
 
     .venv-vllm/bin/python benchmarks/sampling.py                      # make install-vllm makes that environment
 
-16 queries of VitalQA, N = 8 passages (prompts of about 700 tokens), m = 8 permutations each, SmolLM2-135M with a
-selector adapter, float32, in one process. Every way starts without cached prompts, since each update of the adapter
-makes new ones; the ways alternate, medians of the repetitions are reported. The last line is JSON.
+16 queries of VitalQA, N = 8 lengthened passages (prompts of about 700 tokens), m = 8 permutations each, SmolLM2-135M
+with a selector adapter, float32, in one process. Every way starts without cached prompts, since each update of the
+adapter makes new ones; the ways alternate, medians of the repetitions are reported. The last line is JSON.
 
     transformers      prompts are encoded once and asked one decision after the other (`rollout_backend=transformers`)
     vllm              one request per decision behind a cached prompt (`rollout_backend=vllm`)
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from long_rows import long_rows
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +32,6 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from drorl import DROConfig, DROTrainer
 from drorl.adapters import ROLES, SELECTOR, activate, add_adapters
-from drorl.data.vitalqa import load_vitalqa
 from drorl.engines.base import EngineDecisions
 from drorl.engines.delivery import Adapter
 from drorl.engines.sampler import EngineSampler
@@ -83,9 +83,11 @@ def prepared(k: int, identifiers: str) -> tuple[RAGPipeline, list[SelectorPrompt
             parameter.data.normal_(std=0.005)
     pipeline = RAGPipeline(model, tokenizer, PipelineSettings(8, k, identifiers=identifiers, max_passage_tokens=80))
     activate(model, SELECTOR)
-    rows = load_vitalqa()["test"].select(range(NUM_QUERIES))
+    rows = long_rows("test", NUM_QUERIES)
     shown = [pipeline.present(row["query"], row["candidates"]) for row in rows]
-    return pipeline, [pipeline.prompts.selector(*pair) for pair in zip(rows["query"], shown, strict=True)]
+    return pipeline, [
+        pipeline.prompts.selector(*pair) for pair in zip([row["query"] for row in rows], shown, strict=True)
+    ]
 
 
 def ways(pipeline: RAGPipeline, prompts: list[SelectorPrompt], engine: LocalEngine, free: bool) -> dict[str, Callable]:
@@ -171,7 +173,7 @@ def whole_steps(pipeline: RAGPipeline, engine: LocalEngine, steps: int, folder: 
         disable_tqdm=True,
         logging_strategy="no",
     )
-    trainer = DROTrainer(pipeline.model, args, load_vitalqa()["train"].select(range(256)), None, pipeline.tokenizer)
+    trainer = DROTrainer(pipeline.model, args, long_rows("train", 256), None, pipeline.tokenizer)
     turns = ByTurns(trainer, engine)
     trainer.add_callback(turns)
     trainer.train()

@@ -9,10 +9,10 @@ trains the generator on the m contexts with the weights of their permutations. S
 unasked, so the TRL side's reward and supervised step are given those that drorl drew for the row, and its completions
 get a permutation's length. One base with two adapters (drorl's default: rank 16, all linear layers) on either side.
 
-The two alternate in one process, on VitalQA's rows; medians and quartiles of the repetitions. The *floor* is the time
-of the matrix products that cannot be avoided, one forward and one backward of each distinct token, at the speed that
-large products reach in the same run. Peak memory is that of a process that makes one side's steps only. The last line
-is JSON; with `--output docs` it is also written there, beside a plot.
+The two alternate in one process, on VitalQA's rows with lengthened passages; medians and quartiles of the repetitions.
+The *floor* is the time of the matrix products that cannot be avoided, one forward and one backward of each distinct
+token, at the speed that large products reach in the same run. Peak memory is that of a process that makes one side's
+steps only. The last line is JSON; with `--output docs` it is also written there, beside a plot.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from long_rows import long_rows
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainerCallback
@@ -39,7 +40,6 @@ from trl import GRPOConfig, GRPOTrainer
 from drorl import AnswerLikelihoodReward, DROConfig, DROTrainer
 from drorl.adapters import GENERATOR, ROLES, SELECTOR, activate, adapter_parameters, load_with_adapters
 from drorl.answers import answer_logps
-from drorl.data.vitalqa import load_vitalqa
 from drorl.models import load_model_and_tokenizer, measure_gflops
 from drorl.permutations import format_permutation
 from drorl.pipeline import PipelineSettings, RAGPipeline
@@ -98,7 +98,7 @@ class Bench:
             for name, parameter in adapter_parameters(self.model, role).items():
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.01)
-        self.rows = list(load_vitalqa()["train"].select(range(64)))
+        self.rows = long_rows("train", 64)
         settings = PipelineSettings(num_candidates=N, num_selected=K, max_passage_tokens=PASSAGE_TOKENS)
         self.pipeline = RAGPipeline(self.model, self.tokenizer, settings)
         self._scratch = tempfile.TemporaryDirectory()
