@@ -276,7 +276,13 @@ def example_table(example: Mapping[str, Any]) -> Table:
         candidate = example["candidates"][first]
         mark = "✓" if candidate["has_answer"] else "✗"
         weight = f"{side['importance_weights'][first]:.2f}"
-        row = (when, f"{mark} {candidate['title']}", f"{side['probabilities'][first]:.2f}", weight, side["answer"])
+        row = (
+            when,
+            f"{mark} [{first + 1}] {candidate['title']}",
+            f"{side['probabilities'][first]:.2f}",
+            weight,
+            side["answer"],
+        )
         table.add_row(*(Text(cell) for cell in row))
     return table
 
@@ -313,7 +319,9 @@ def _describe(records: Sequence[Record]) -> dict[str, Any]:
 def _instructive(rows: Dataset, records: Sequence[Record], count: int) -> list[int]:
     """Returns questions whose candidates hold the answer, but not the retriever's first one: there is a choice."""
     found = [
-        i for i in range(len(records)) if not contains_answer(rows[i]["candidates"][0]["text"], rows[i]["answers"])
+        i
+        for i, record in enumerate(records)
+        if record.recall[-1] and not contains_answer(rows[i]["candidates"][0]["text"], rows[i]["answers"])
     ]
     return (found + [i for i in range(len(records)) if i not in found])[:count]
 
