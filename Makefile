@@ -47,7 +47,7 @@ demo: $(INSTALLED) ## build the data and the model, train with DRO, compare on h
 	$(BIN)/python recipes/nq.py --config recipes/configs/nq_demo.yaml $(ARGS)
 
 # The demo's own selector writes nothing that an engine could draw; this one names passages by title.
-NAMED := --identifiers title --selector_temperature 3 --retrieval_prior_weight 0.3 --warmup_selector true
+NAMED := --identifiers title --selector_temperature 3 --warmup_selector true
 demo-vllm: $(VLLM_INSTALLED) ## the demo with a selector that names titles, its permutations drawn by vLLM
 	.venv-vllm/bin/python recipes/nq.py --config recipes/configs/nq_demo.yaml $(NAMED) \
 		--output_dir outputs/nq_demo_vllm --use_vllm true --vllm_max_model_length 2048 $(ARGS)

@@ -51,8 +51,9 @@ class Cell:
 
     @property
     def pace(self) -> tuple:
-        """What has to be equal for equal minutes to be an equal budget."""
-        return tuple(self.machine.get(name) for name in ("device", "cpu", "threads", "dtype"))
+        """What has to be equal for cells to be compared: of a budget in minutes the machine, of any the data type."""
+        names = ("device", "cpu", "threads", "dtype") if self.budget.endswith("minutes") else ("dtype",)
+        return tuple(self.machine.get(name) for name in names)
 
 
 def nothing(num_questions: int) -> tuple[dict[str, float | None], dict[str, list]]:
@@ -137,14 +138,14 @@ class Results:
     def difference(self, a: str, b: str, budget: str, metric: str) -> Interval | None:
         """Returns `b - a` of a metric on the seeds that both have, paired by question; `None` if there are none.
 
-        Where the budget is minutes, of cells that ran on the same kind of machine in the same data type.
+        Of cells in the same data type and, where the budget is minutes, on the same kind of machine.
         """
         pairs = [
             (x.predictions[metric], y.predictions[metric])
             for x in self.of(a, budget)
             for y in self.of(b, budget)
             if x.seed == y.seed and metric in x.predictions and metric in y.predictions
-            if x.pace == y.pace or not budget.endswith("minutes")
+            if x.pace == y.pace
         ]
         if not pairs:
             return None

@@ -80,6 +80,13 @@ class Grid:
         return {**self.base, **self.shared, **own, **(extra or {})}
 
 
+def data_of(settings: dict[str, Any]) -> str:
+    """Names the data of a cell: a new build of the embedded set makes other cells, and other warm-ups."""
+    from drorl.data.vitalqa import build_key
+
+    return settings.get("train_file") or build_key()
+
+
 def seconds_or_queries(budget: str) -> tuple[float | None, int | None]:
     """Reads a budget.
 
@@ -151,6 +158,8 @@ def run_cell(
 
     asked_later = ("num_eval_questions", "max_minutes", "em_patience")  # no part of the warm-up
     same = [
+        data_of(settings),
+        str(model.dtype),
         {name: value for name, value in asdict(script).items() if name not in asked_later},
         asdict(PipelineSettings.from_config(config)),
         config.answer_target,
@@ -202,7 +211,7 @@ def run_cell(
             metrics=metrics,
             minutes=round(minutes, 2),
             query_steps=round(trainer.state.global_step * queries_per_step(config)),
-            settings={**settings, "ranking": of, "split": split},
+            settings={**settings, "ranking": of, "split": split, "data": data_of(settings)},
             commit=commit(),
             predictions=predictions,
             diverged=lost,
@@ -229,8 +238,7 @@ def tuning_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
     for method in args.methods or list(grid.methods):
         for extra in grid.tuning["settings"]:
             name = f"{method} / " + ", ".join(f"{key} {value:g}" for key, value in extra.items())
-            settings = grid.settings(method, {**extra, **grid.tuning.get("shared", {})})
-            yield name, settings, grid.seeds[0], grid.tuning["budget"], "validation"
+            yield name, grid.settings(method, extra), grid.seeds[0], grid.tuning["budget"], "validation"
 
 
 def readings_of(grid: Grid, method: str) -> dict[str, str]:
@@ -248,7 +256,8 @@ def run(cells: Iterator[Asked], grid: Grid, path: Path, work: Path, force: bool)
             results, todo = Results(path), []
             for method, settings, seed, budget, split in cells:  # all are looked at before the first one is run
                 names = {method: settings.get("ranking"), **readings_of(grid, method)}
-                wanted = [{**settings, "ranking": ranking, "split": split} for ranking in names.values()]
+                same = {**settings, "split": split, "data": data_of(settings)}
+                wanted = [{**same, "ranking": ranking} for ranking in names.values()]
                 pairs = zip(names, wanted, strict=True)
                 done = [results.done(name, seed, budget, of, force) for name, of in pairs]  # each is looked at
                 if not all(done):

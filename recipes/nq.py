@@ -9,8 +9,9 @@ With the paper's settings on GPUs (nobody has run this yet):
     accelerate launch recipes/nq.py --config recipes/configs/nq_llama3_8b.yaml \
         --train_file train.jsonl --validation_file validation.jsonl --test_file test.jsonl
 
-The command line beats the YAML file. Three steps: a supervised warm-up of both adapters from the retriever's order
-alone, DRO, and an evaluation of the warm-up, of DRO and of the retriever's order on the same held-out questions.
+The command line beats the YAML file. Three steps: a supervised warm-up from the retriever's order alone (of both
+adapters, or of the generator's if `warmup_selector` is false), DRO, and an evaluation of the warm-up, of DRO and of
+the retriever's order on the same held-out questions.
 
 Differences from the paper (arXiv 2505.03075): LoRA adapters on one base instead of two full models; E- and M-step
 alternate per batch; the selector's policy is normalised over valid permutations; the selector's warm-up imitates the

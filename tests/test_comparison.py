@@ -89,13 +89,17 @@ def test_a_difference_is_paired_by_seed_and_question(tmp_path: Path) -> None:
 
 
 def test_minutes_on_different_machines_are_not_compared(tmp_path: Path) -> None:
-    """Equal minutes are an equal budget on one kind of machine only; queries are one anywhere."""
+    """Equal minutes are an equal budget on one kind of machine only; queries on any, but in one data type."""
     results = Results(tmp_path / "compare.json")
+    machines = {"a": ("x", "float32"), "b": ("y", "float32"), "c": ("x", "bfloat16"), "d": ("x", "float32")}
     for budget in ("4 queries", "2 minutes"):
-        for method, dtype in (("a", "float32"), ("b", "bfloat16")):
-            results.add(made(method, 1, [0.0, 1.0], budget=budget, machine={"cpu": "x", "dtype": dtype}))
-    assert results.difference("a", "b", "4 queries", "f1") is not None
-    assert results.difference("a", "b", "2 minutes", "f1") is None
+        for method, (cpu, dtype) in machines.items():
+            results.add(made(method, 1, [0.0, 1.0], budget=budget, machine={"cpu": cpu, "dtype": dtype}))
+    compared = {
+        budget: [results.difference("a", other, budget, "f1") is not None for other in "bcd"]
+        for budget in ("4 queries", "2 minutes")
+    }
+    assert compared == {"4 queries": [True, False, True], "2 minutes": [False, False, True]}
 
 
 def test_a_cell_with_other_settings_is_not_taken_for_done(tmp_path: Path) -> None:
@@ -287,7 +291,7 @@ def small_grid(
         "seeds": [1],
         "budgets": ["4 queries"],
         "methods": {
-            "dro": {"proposal": "first_choices"},
+            "dro": {"proposal": "first_choices", "num_eval_questions": 6},  # asked later: the same warm-up
             "sft": {**sft, "per_device_train_batch_size": 2},
             "broken": {"learning_rate": 1e30, "max_grad_norm": 1e30},
         },

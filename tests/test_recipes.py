@@ -107,6 +107,17 @@ def flags(tiny_model, tokenizer, rows, tmp_path):
     return [part for name, value in settings.items() for part in (f"--{name}", value)]
 
 
+def test_the_demo_that_names_titles_runs(recipe, flags, tmp_path):
+    """What `make demo-vllm` adds to the configuration is valid, and warms up the selector too."""
+    makefile = (RECIPES.parent / "Makefile").read_text()
+    (named,) = re.findall(r"^NAMED := (.*)$", makefile, flags=re.MULTILINE)
+    script, config = parse(recipe, *flags, *named.split())
+    assert (config.identifiers, config.selector_temperature, script.warmup_selector) == ("title", 3.0, True)
+    assert recipe.main(script, config) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["warmup"]["iw_elbo"] != summary["dro"]["iw_elbo"]
+
+
 def test_the_recipe_runs_and_resumes(recipe, flags, rows, tmp_path, capsys):
     """Warm-up, DRO, evaluation and report run from files on a tiny model; the run can be resumed and loaded."""
     assert recipe.main(*parse(recipe, *flags)) == 0
