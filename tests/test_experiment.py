@@ -52,3 +52,21 @@ def test_a_worked_example_shows_the_selectors_probabilities(
         # q(z_1) = 1/N, and the later decisions are drawn from p_s itself.
         expected = torch.softmax(answer_logps + chosen[:, 0], dim=0)
         assert example["importance_weights"] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_worked_examples_have_a_choice_to_make(
+    adapted_model: Callable[..., PeftModel],
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Callable[..., list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    """Questions whose answer stands in a candidate, but not in the retriever's first one, come before all others."""
+    config = DROConfig(str(tmp_path), num_candidates=4, num_selected=1, num_generations=4)
+    pipeline = RAGPipeline(adapted_model(), tokenizer, PipelineSettings.from_config(config))
+    without, first, third = rows(3, 4)
+    without["answers"] = ["Styx"]
+    assert first["answers"][0] in first["candidates"][0]["text"]
+    experiment = Experiment(config, Dataset.from_list([without, first, third]))
+    experiment.evaluate("dro", "DRO", pipeline)
+    shown = [example["query"] for example in experiment.examples("dro", pipeline, 3)]
+    assert shown == [row["query"] for row in (third, without, first)]
