@@ -55,6 +55,12 @@ class Cell:
         names = ("device", "cpu", "threads", "dtype") if self.budget.endswith("minutes") else ("dtype",)
         return tuple(self.machine.get(name) for name in names)
 
+    @property
+    def questions(self) -> tuple:
+        """What has to be equal for cells to have been asked the same questions."""
+        asked = (self.settings.get(name) for name in ("data", "split", "num_eval_questions"))
+        return (*asked, len(self.predictions["prediction"]))
+
 
 def nothing(num_questions: int) -> tuple[dict[str, float | None], dict[str, list]]:
     """Returns the metrics and predictions of a system that has diverged: it answers no question."""
@@ -138,14 +144,15 @@ class Results:
     def difference(self, a: str, b: str, budget: str, metric: str) -> Interval | None:
         """Returns `b - a` of a metric on the seeds that both have, paired by question; `None` if there are none.
 
-        Of cells in the same data type and, where the budget is minutes, on the same kind of machine.
+        Of cells that were asked the same questions in the same data type and, where the budget is minutes, on the same
+        kind of machine.
         """
         pairs = [
             (x.predictions[metric], y.predictions[metric])
             for x in self.of(a, budget)
             for y in self.of(b, budget)
             if x.seed == y.seed and metric in x.predictions and metric in y.predictions
-            if x.pace == y.pace
+            if (x.pace, x.questions) == (y.pace, y.questions)
         ]
         if not pairs:
             return None

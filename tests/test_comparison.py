@@ -102,6 +102,19 @@ def test_minutes_on_different_machines_are_not_compared(tmp_path: Path) -> None:
     assert compared == {"4 queries": [True, False, True], "2 minutes": [False, False, True]}
 
 
+def test_cells_with_other_questions_are_not_compared(tmp_path: Path) -> None:
+    """Neither fewer questions nor another build of the data make a pair."""
+    results = Results(tmp_path / "compare.json")
+    for cell in (
+        made("a", 1, [0.0, 1.0]),
+        made("fewer", 1, [0.0]),
+        made("other data", 1, [0.0, 1.0], settings={"data": "vitalqa-v1"}),
+    ):
+        results.add(cell)
+    assert results.difference("a", "fewer", "4 queries", "f1") is None
+    assert results.difference("a", "other data", "4 queries", "f1") is None
+
+
 def test_a_cell_with_other_settings_is_not_taken_for_done(tmp_path: Path) -> None:
     """The same settings: done. Others, or one more: refused by name; forced: made again. Another seed: not done."""
     results = Results(tmp_path / "compare.json")
