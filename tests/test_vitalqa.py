@@ -9,18 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from drorl.data import packages, vitalqa
+from drorl.data import packages, texts, vitalqa
 from drorl.data.rows import validate_rows
-from drorl.data.vitalqa import (
-    Corpus,
-    Question,
-    make_rows,
-    passages_of,
-    read_articles,
-    read_questions,
-    split_of,
-    to_dataset,
-)
+from drorl.data.texts import Question, distinct_questions, passages_of, read_articles, read_questions
+from drorl.data.vitalqa import Corpus, make_rows, split_of, to_dataset
 
 ARTICLES = {
     "Danube": "The Danube is a river that flows through Vienna and Budapest before it reaches the Black Sea.",
@@ -135,7 +127,7 @@ def test_the_build_is_deterministic(articles: list[dict[str, str]]) -> None:
 def test_equal_questions_are_kept_once() -> None:
     """Of questions that differ in case, punctuation or articles only, the first stays, in its place."""
     questions = [question("Who is the king?", "A"), question("where"), question("who is king", "B")]
-    assert vitalqa.distinct_questions(questions) == questions[:2]
+    assert distinct_questions(questions) == questions[:2]
 
 
 def test_malformed_rows_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -222,7 +214,7 @@ def test_a_long_sentence_is_cut_into_equal_parts() -> None:
 )
 def test_where_sentences_end(text: str, sentences: int) -> None:
     """At a full stop, question or exclamation mark before a capital, but not after an initial or a short title."""
-    assert len(vitalqa._SENTENCE_END.split(text)) == sentences
+    assert len(texts._SENTENCE_END.split(text)) == sentences
 
 
 def test_an_article_supports_what_none_of_its_passages_does() -> None:

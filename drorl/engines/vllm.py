@@ -130,6 +130,7 @@ class VLLMEngine(Engine):
     def next_token_logps(
         self, version: str, prompts: Sequence[Sequence[int]], branches: Sequence[Branch]
     ) -> tuple[str, list[list[float]]]:
+        """See [`~engines.base.Engine`]: one request for each branch, or for each 128 of the tokens it allows."""
         from vllm import SamplingParams, TokensPrompt
 
         lora = self._asked(version)
@@ -163,6 +164,7 @@ class VLLMEngine(Engine):
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
     ) -> tuple[str, list[Completion]]:
+        """See [`~engines.base.Engine`]: one request for each prompt, with the log-probability of what was sampled."""
         from vllm import SamplingParams, TokensPrompt
 
         lora = self._asked(version)
