@@ -68,5 +68,5 @@ def test_worked_examples_have_a_choice_to_make(
     assert first["answers"][0] in first["candidates"][0]["text"]
     experiment = Experiment(config, Dataset.from_list([without, first, third]))
     experiment.evaluate("dro", "DRO", pipeline)
-    shown = [example["query"] for example in experiment.examples("dro", pipeline, 3)]
-    assert shown == [row["query"] for row in (third, without, first)]
+    shown = [example["answers"] for example in experiment.examples("dro", pipeline, 3)]
+    assert shown == [third["answers"], ["Styx"], first["answers"]]
