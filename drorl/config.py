@@ -101,8 +101,9 @@ class DROConfig(DROSettings, GRPOConfig):
         reward (`str`, *optional*, defaults to `"log_likelihood"`): of the gold answer, nats; its `"likelihood"`; or
             `"f1"` of the generator's greedy answer.
         vf_coef (`float`, *optional*, defaults to `0.1`): weight of the critic's loss in `ppo`.
-        generator_objective (`str`, *optional*, defaults to `"dro"`): `dro`, `sft` (gold answer from the retriever's
-            first K passages) or `none` (frozen generator).
+        generator_objective (`str`, *optional*, defaults to `"dro"`): `dro`; `elbo` (the mean of the answer's
+            log-likelihood over the permutations: what a policy gradient of both models maximises); `sft` (gold answer
+            from the retriever's first K passages); or `none` (frozen generator).
         baseline (`str`, *optional*, defaults to `"none"`): `none` (paper), `mean` (lowers the
             variance, keeps the expectation) or `leave_one_out` (`mean` times m/(m-1), RLOO's rule).
         max_tokens_per_forward (`int`, *optional*): bound on the distinct tokens of one forward pass; the queries of a

@@ -69,6 +69,8 @@ class Weighting:
     """What each sampled permutation is worth to either model. All `(B, m)`, no gradient."""
 
     importance_weights: torch.Tensor
+    prior_weights: torch.Tensor
+    """What they would be without any answer: 1/m on-policy."""
     advantages: torch.Tensor
     rewards: torch.Tensor
     """NaN for an invalid sample."""
@@ -159,7 +161,8 @@ def weigh(
     weights = importance_weights(log_weights)
     settings = {"baseline": baseline, "scale_rewards": scale_rewards, "weight_temperature": weight_temperature}
     advantages = ADVANTAGES[selector_objective](scores, weights, **settings)
-    return Weighting(weights, advantages, scores.valid_rewards, _diagnostics(scores, weights))
+    prior = baseline_weights(scores.log_ratio, scores.valid)
+    return Weighting(weights, prior, advantages, scores.valid_rewards, _diagnostics(scores, weights))
 
 
 def _diagnostics(scores: Scores, weights: torch.Tensor) -> dict[str, torch.Tensor]:

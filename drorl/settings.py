@@ -51,7 +51,7 @@ class DROSettings(PipelineSettings):
     )
     reward: str = _setting("log_likelihood", "What grpo, rloo, reinforce and ppo maximise, of the answer.", REWARDS)
     vf_coef: float = _setting(0.1, "Weight of the critic's loss (ppo).")
-    generator_objective: str = _setting("dro", "Objective of the generator.", ("dro", "sft", "none"))
+    generator_objective: str = _setting("dro", "Objective of the generator.", ("dro", "elbo", "sft", "none"))
     baseline: str = _setting("none", "Control variate of the weights.", ("none", "mean", "leave_one_out"))
     min_importance_weight: float = _setting(0.0, "Permutations of a smaller weight do not train the generator.")
     max_tokens_per_forward: int | None = _setting(None, "Bound on the distinct tokens of a forward pass.")

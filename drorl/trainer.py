@@ -290,15 +290,16 @@ class DROTrainer(TwoRoleTrainer):
 
     @property
     def _threshold(self) -> float:
-        """`min_importance_weight`; the weight of a single permutation is 1, so there is nothing to spare."""
-        return 0.0 if self.num_generations == 1 else self.args.min_importance_weight
+        """`min_importance_weight`; a single permutation has weight 1 and `elbo` no such weights: nothing to spare."""
+        weighted = self.num_generations > 1 and self.args.generator_objective == "dro"
+        return self.args.min_importance_weight if weighted else 0.0
 
     def _generator_logps(self, rollouts: list[Rollout]) -> torch.Tensor:
         """Returns log p_g(y|x,d_z), `(B, m)`; `-inf` where there is no permutation.
 
         With gradient if these scores are also what the generator is trained on, all of them.
         """
-        trained = self.args.generator_objective == "dro" and self._threshold == 0
+        trained = self.args.generator_objective in ("dro", "elbo") and self._threshold == 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             return answer_logps_of(self.pipeline, rollouts, [r.contexts for r in rollouts])
 
@@ -308,7 +309,8 @@ class DROTrainer(TwoRoleTrainer):
         if self.args.generator_objective == "sft":
             logps = answer_logps_of(self.pipeline, rollouts, [[r.supervised_context] for r in rollouts])
             return weighted_mle_loss(logps, logps.isfinite().to(logps.dtype))
-        weights, threshold = weighting.importance_weights, self._threshold
+        elbo, threshold = self.args.generator_objective == "elbo", self._threshold
+        weights = weighting.prior_weights if elbo else weighting.importance_weights
         if threshold > 0:  # the scores had no graph: what counts is scored again, with one
             kept = [
                 [context if weight >= threshold else None for context, weight in zip(r.contexts, row, strict=False)]

@@ -209,7 +209,7 @@ def one_step_gradients(make_trainer: Make, **settings: Any) -> dict[str, dict[st
     return recorder.steps[0]
 
 
-@pytest.mark.parametrize("generator_objective", ["dro", "sft"])
+@pytest.mark.parametrize("generator_objective", ["dro", "elbo", "sft"])
 @pytest.mark.parametrize("baseline", ["none", "leave_one_out"])
 def test_gradients_are_those_of_the_paper(
     baseline: str, generator_objective: str, make_trainer: Make, tokenizer: PreTrainedTokenizerFast
@@ -217,8 +217,9 @@ def test_gradients_are_those_of_the_paper(
     r"""The optimizer is given the gradients of Eq. 10 and 11, computed here once more from the sampled permutations.
 
     $-\sum_i (w_i - b_i) \log p_s(z_i|x,d)$ for the selector and $-\sum_i w_i \log p_g(y|x,d_{z_i})$ for the generator,
-    averaged over queries; with `sft`, $-\log p_g(y|x, \text{first K})$, first in the retriever's order and not in the
-    shuffled one of the prompt. Float32: 1e-4 relative.
+    averaged over queries; with `elbo`, all $w_i = 1/m$ for the generator; with `sft`,
+    $-\log p_g(y|x, \text{first K})$, first in the retriever's order and not in the shuffled one of the prompt.
+    Float32: 1e-4 relative.
     """
     settings = {"baseline": baseline, "generator_objective": generator_objective, "shuffle_candidates": True}
     trainer = make_trainer(max_steps=1, max_grad_norm=0.0, **settings)
@@ -241,7 +242,8 @@ def test_gradients_are_those_of_the_paper(
         logps = torch.stack([sequence_logp(model, context, answer) for context in contexts])
         weights = torch.softmax(logps.detach(), dim=0)
         supervised = sequence_logp(model, builder.generator(row["query"], row["candidates"][:2]), answer)
-        expected[GENERATOR].append(supervised if generator_objective == "sft" else (weights * logps).sum())
+        objectives = {"dro": (weights * logps).sum(), "elbo": logps.mean(), "sft": supervised}
+        expected[GENERATOR].append(objectives[generator_objective])
         activate(model, SELECTOR)
         policy = policy_logps(trainer, rollout).sum(dim=1)
         others = (1 - weights) / (len(weights) - 1) if baseline == "leave_one_out" else 0.0
@@ -380,7 +382,7 @@ def finite(model: nn.Module) -> bool:
     return all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("generator_objective", ["dro", "sft", "none"])
+@pytest.mark.parametrize("generator_objective", ["dro", "elbo", "sft", "none"])
 def test_a_query_of_nan_is_skipped_and_counted(
     generator_objective: str, make_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
