@@ -309,9 +309,8 @@ class DROTrainer(TwoRoleTrainer):
         if self.args.generator_objective == "sft":
             logps = answer_logps_of(self.pipeline, rollouts, [[r.supervised_context] for r in rollouts])
             return weighted_mle_loss(logps, logps.isfinite().to(logps.dtype))
-        elbo, threshold = self.args.generator_objective == "elbo", self._threshold
-        weights = weighting.prior_weights if elbo else weighting.importance_weights
-        if threshold > 0:  # the scores had no graph: what counts is scored again, with one
+        weights = weighting.prior_weights if self.args.generator_objective == "elbo" else weighting.importance_weights
+        if (threshold := self._threshold) > 0:  # the scores had no graph: what counts is scored again, with one
             kept = [
                 [context if weight >= threshold else None for context, weight in zip(r.contexts, row, strict=False)]
                 for r, row in zip(rollouts, weights.tolist(), strict=True)

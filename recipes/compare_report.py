@@ -19,9 +19,10 @@ seeds and questions with 95 % intervals in brackets, from a bootstrap in which b
 A difference is paired: the same seed, the same question. An interval that leaves 0 out is bold, if no cell diverged.
 A cell that diverged answers no question: it counts as 0.
 
-The settings of every method are in the grid file that is named, on top of its base. Unless its name says otherwise a
-method trains the generator as DRO does, with the importance weights of its own samples, so only the selector's
-estimator differs. Not shown: other models, other data, K > 1, any GPU, and settings that were not tried.
+The settings of every method are in the grid file that is named, on top of its base. DRO trains both models with the
+importance weights of its samples. A policy gradient (GRPO, RLOO, PPO, REINFORCE) maximises the expected log-likelihood
+of the answer, in both models: its generator learns from all samples alike. Where a name says "dro generator" only the
+selector's estimator differs. Not shown: other models, other data, K > 1, any GPU, and settings that were not tried.
 
 VitalQA is a filtered mixture of public development and test questions with the texts of a PyPI package: its scores
 are no scores of NQ, TriviaQA or WebQuestions. K = 1 of N = 8 passages, BM25 candidates, KILT's normaliser, greedy
@@ -120,7 +121,7 @@ def _section(path: Path, grid: dict[str, Any], name: str) -> list[str]:
         lines += [f"### {budget} of training, {questions} questions", ""]
         lines += [*_table(results, budget, grid.get("paper", {})), ""]
         if not is_tuning and len(methods) > 1:
-            for reference in grid.get("references", methods[:1]):
+            for reference in [m for m in grid.get("references", methods[:1]) if m in methods]:
                 lines += [*_differences(results, budget, reference), ""]
             figure = path.with_name(f"{path.stem}-{budget.replace(' ', '-')}.svg")
             _draw(results, budget, figure)
