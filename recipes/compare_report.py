@@ -22,7 +22,8 @@ A cell that diverged answers no question: it counts as 0.
 The settings of every method are in the grid file that is named, on top of its base. DRO trains both models with the
 importance weights of its samples. A policy gradient (GRPO, RLOO, PPO, REINFORCE) maximises the expected log-likelihood
 of the answer, in both models: its generator learns from all samples alike. Where a name says "dro generator" only the
-selector's estimator differs. Not shown: other models, other data, K > 1, any GPU, and settings that were not tried.
+selector's estimator differs. Not shown: other models, and so no second size of the selector (PyPI packages that we
+know of hold no other), other data, K > 1, any GPU, and settings that were not tried.
 
 VitalQA is a filtered mixture of public development and test questions with the texts of a PyPI package: its scores
 are no scores of NQ, TriviaQA or WebQuestions. K = 1 of N = 8 passages, BM25 candidates, KILT's normaliser, greedy
