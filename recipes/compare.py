@@ -63,7 +63,7 @@ class Grid:
             self.seeds, self.budgets = content["seeds"], content["budgets"]
         except (KeyError, TypeError, OSError) as error:
             raise InvalidInputError(f"{path} is not a grid: {error!r}") from error
-        self.readings: dict[str, list[str]] = content.get("readings", {})
+        self.readings: dict[str, list[str | None]] = content.get("readings", {})
         self.tuning: dict[str, Any] = content.get("tuning", {})
 
     def settings(self, method: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def run_cell(
     seed: int,
     budget: str,
     split: str,
-    readings: dict[str, str],
+    readings: dict[str, str | None],
     work: Path,
 ) -> list[Cell]:
     """Trains one method and evaluates it; returns its cell, and one for each other ranking its generator reads."""
@@ -241,7 +241,7 @@ def tuning_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
             yield name, grid.settings(method, extra), grid.seeds[0], grid.tuning["budget"], "validation"
 
 
-def readings_of(grid: Grid, method: str) -> dict[str, str]:
+def readings_of(grid: Grid, method: str) -> dict[str, str | None]:
     """Returns the systems that read with this method's generator, and their rankings."""
     return {name: ranking for name, (ranking, of) in grid.readings.items() if of == method}
 

@@ -308,7 +308,7 @@ def small_grid(
             "sft": {**sft, "per_device_train_batch_size": 2},
             "broken": {"learning_rate": 1e30, "max_grad_norm": 1e30},
         },
-        "readings": {"closed book": ["closed_book", "sft"]},
+        "readings": {"closed book": ["closed_book", "sft"], "untrained selector": [None, "sft"]},
     }
     (folder / "small.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     return folder
@@ -327,13 +327,14 @@ def test_a_grid_from_nothing_to_a_report(small_grid: Path) -> None:
     done = compare(small_grid, "run")
     assert done.returncode == 0, done.stderr
     results = Results(small_grid / "results" / "small.json")
-    assert results.methods("4 queries") == ["dro", "sft", "closed book", "broken"]
+    assert results.methods("4 queries") == ["dro", "sft", "closed book", "untrained selector", "broken"]
     cells = {cell.method: cell for cell in results.cells.values()}
     assert [cells[name].diverged for name in ("dro", "sft", "broken")] == [False, False, True]
     assert cells["dro"].query_steps == cells["sft"].query_steps == 4
     assert 0 <= (cells["dro"].metrics["position_bias"] or 0.0) < 1
     assert cells["broken"].metrics["f1"] == 0.0  # it answers nothing, and is not left out of a mean
     assert cells["closed book"].predictions["chosen"] == [[]] * 8
+    assert "iw_elbo" in cells["untrained selector"].predictions.keys() - cells["sft"].predictions.keys()
     assert {"f1", "exact_match", "iw_elbo", "recall@1"} <= cells["dro"].predictions.keys()
     assert len(list((small_grid / "work" / "warmup").iterdir())) == 1  # one warm-up for all methods of a seed
 
