@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -17,7 +18,8 @@ HEAD = """# Results
 Written by `python recipes/compare.py report` from the files beside it; no number here is typed by hand. Means over
 seeds and questions with 95 % intervals in brackets, from a bootstrap in which both seeds and questions are resampled.
 A difference is paired: the same seed, the same question. An interval that leaves 0 out is bold, if no cell diverged.
-A cell that diverged answers no question: it counts as 0.
+A cell that diverged answers no question: it counts as 0. A selector has collapsed if its entropy over the last quarter
+of training is below 0.05 nats: it makes one choice with probability .99, right or wrong.
 
 The settings of every method are in the grid file that is named, on top of its base. DRO trains both models with the
 importance weights of its samples. A policy gradient (GRPO, RLOO, PPO, REINFORCE) maximises the expected log-likelihood
@@ -32,6 +34,7 @@ Llama-3-8B or Mistral-7B, ColBERTv2, K = 5 of N = 20, 8 A100 GPUs for 20 hours.
 """
 
 
+COLLAPSED = 0.05  # nats: a policy that chooses one passage with probability .99
 APART = {  # what other recipes have written: title, command, what follows
     "variance": ("Gradients on real rows", "python recipes/variance.py --run outputs/nq_demo", ""),
     "lab": ("The laboratory", "make lab", "![convergence, and what a prejudice does](lab.svg)\n"),
@@ -82,6 +85,35 @@ def _differences(results: Results, budget: str, reference: str) -> list[str]:
     return lines
 
 
+def _quarters(cell: Cell, name: str) -> tuple[float, float] | None:
+    """Means of what a cell logged over the first and the last quarter of its training."""
+    values = [value for value in cell.curves.get(name, []) if value is not None]
+    quarter = max(1, len(values) // 4)
+    return (fmean(values[:quarter]), fmean(values[-quarter:])) if values else None
+
+
+def _training(results: Results, budget: str) -> list[str]:
+    """What became of the weights and of the policy in training."""
+    columns = {"effective_sample_size": "effective sample size", "importance_weights/max": "largest weight"}
+    columns |= {"selector/entropy": "entropy of the selector, nats"}
+    lines = [
+        f"| in training, first to last quarter | {' | '.join(columns.values())} | seeds collapsed |",
+        "|---" * 5 + "|",
+    ]
+    for method in results.methods(budget):
+        cells = [cell for cell in results.of(method, budget) if "selector/entropy" in cell.curves]
+        if cells:
+            shown = []
+            for name in columns:
+                found = [quarters for cell in cells if (quarters := _quarters(cell, name)) is not None]
+                ends = [fmean(values) for values in zip(*found, strict=True)]
+                shown.append(" to ".join(f"{value:.2f}" for value in ends) or "-")
+            entropies = [quarters[1] for cell in cells if (quarters := _quarters(cell, "selector/entropy"))]
+            collapsed = sum(entropy < COLLAPSED for entropy in entropies)
+            lines.append(f"| {method} | {' | '.join(shown)} | {collapsed} of {len(cells)} |")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
 def _draw(results: Results, budget: str, path: Path) -> None:
     """F1 and recall@1 of every method, and the effective sample size over training."""
     import matplotlib.pyplot as plt
@@ -120,7 +152,7 @@ def _section(path: Path, grid: dict[str, Any], name: str) -> list[str]:
         methods = results.methods(budget)
         questions = max(len(cell.predictions["prediction"]) for cell in results.cells.values())
         lines += [f"### {budget} of training, {questions} questions", ""]
-        lines += [*_table(results, budget, grid.get("paper", {})), ""]
+        lines += [*_table(results, budget, grid.get("paper", {})), "", *_training(results, budget)]
         if not is_tuning and len(methods) > 1:
             for reference in [m for m in grid.get("references", methods[:1]) if m in methods]:
                 lines += [*_differences(results, budget, reference), ""]
