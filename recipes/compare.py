@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +35,15 @@ from drorl.comparison import Cell, Results
 from drorl.errors import DivergedError, InvalidInputError, UserError
 
 if TYPE_CHECKING:
-    from drorl import DROConfig
+    from datasets import Dataset
+    from nq import ScriptArguments
+
+    from drorl import DROConfig, DROTrainer
 
 logger = logging.getLogger("drorl.compare")
 HERE = Path(__file__).parent
 CURVES = ("effective_sample_size", "iw_elbo", "selector/entropy", "importance_weights/max", "reward")
 POSITION_QUESTIONS = 12
-Asked = tuple[str, dict[str, Any], int, str, str]  # method, settings, seed, budget, split
 
 
 class Grid:
@@ -78,6 +80,10 @@ class Grid:
             )
         own = self.methods[method] or {}
         return {**self.base, **self.shared, **own, **(extra or {})}
+
+    def readings_of(self, method: str) -> dict[str, str | None]:
+        """Returns the systems that read with this method's generator, and their rankings."""
+        return {name: ranking for name, (ranking, of) in self.readings.items() if of == method}
 
 
 def data_of(settings: dict[str, Any]) -> str:
@@ -116,110 +122,171 @@ def finite(value: float) -> float | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- a cell
-def run_cell(
-    method: str,
-    settings: dict[str, Any],
-    seed: int,
-    budget: str,
-    split: str,
-    readings: dict[str, str | None],
-    work: Path,
-) -> list[Cell]:
-    """Trains one method and evaluates it; returns its cell, and one for each other ranking its generator reads."""
-    import torch
-    from nq import ScriptArguments, load_data, load_model
+@dataclass(frozen=True)
+class Asked:
+    """A cell that is asked for."""
+
+    method: str
+    settings: dict[str, Any]
+    seed: int
+    budget: str
+    split: str
+    readings: dict[str, str | None]
+    """Other systems that read with the generator of this one, and their rankings."""
+
+    def kept(self, ranking: str | None) -> dict[str, Any]:
+        """The settings as a cell keeps them."""
+        return {**self.settings, "ranking": ranking, "split": self.split, "data": data_of(self.settings)}
+
+    @property
+    def rankings(self) -> dict[str, str | None]:
+        """Every system of this cell, and its ranking."""
+        return {self.method: self.settings.get("ranking"), **self.readings}
+
+
+def configured(asked: Asked, work: Path) -> tuple["ScriptArguments", "DROConfig"]:
+    """Returns the settings of a cell as the recipe takes them."""
+    from nq import ScriptArguments
     from trl import TrlParser
 
-    from drorl import DROConfig, DROTrainer
-    from drorl.callbacks import RichProgressCallback, TimeBudgetCallback
-    from drorl.comparison import describe, nothing
-    from drorl.evaluation import evaluate_rows, position_bias, position_shares
-    from drorl.experiment import commit, machine, warmup_config
-    from drorl.settings import PipelineSettings
+    from drorl import DROConfig
 
-    settings = dict(settings)
-    ranking = settings.pop("ranking", None)
-    arguments = {**settings, "seed": seed, "output_dir": str(work / method.replace("/", "-") / str(seed))}
-    seconds, queries = seconds_or_queries(budget)
+    settings = {name: value for name, value in asked.settings.items() if name != "ranking"}
+    folder = work / asked.method.replace("/", "-") / str(asked.seed)
     try:
-        script, config = TrlParser((ScriptArguments, DROConfig)).parse_dict(arguments)
+        script, config = TrlParser((ScriptArguments, DROConfig)).parse_dict(
+            {**settings, "seed": asked.seed, "output_dir": str(folder)}
+        )
     except ValueError as error:
-        raise InvalidInputError(f"{method}: {error}") from error
+        raise InvalidInputError(f"{asked.method}: {error}") from error
+    _, queries = seconds_or_queries(asked.budget)
     if queries is not None:
         config.max_steps = max(1, round(queries / queries_per_step(config)))
-    rows, _ = load_data(script)
-    questions = rows[split].select(range(min(script.num_eval_questions or len(rows[split]), len(rows[split]))))
-    torch.manual_seed(seed)
-    model, tokenizer, generator, generator_tokenizer = load_model(script)
+    return script, config
 
-    def trainer_for(title: str, config: DROConfig) -> DROTrainer:
-        pieces = model, config, rows["train"], None, tokenizer, generator, generator_tokenizer
-        return DROTrainer(*pieces, callbacks=[RichProgressCallback(f"{title}, seed {seed}")])
+
+def warmup_folder(asked: Asked, script: "ScriptArguments", config: "DROConfig", dtype: str, work: Path) -> Path:
+    """Returns where the warm-up is kept that all methods of a seed start from: by what it depends on."""
+    from drorl.settings import PipelineSettings
 
     asked_later = ("num_eval_questions", "max_minutes", "em_patience")  # no part of the warm-up
-    same = [
-        data_of(settings),
-        str(model.dtype),
+    depends = [
+        data_of(asked.settings),
+        dtype,
         {name: value for name, value in asdict(script).items() if name not in asked_later},
         asdict(PipelineSettings.from_config(config)),
         config.answer_target,
         config.weight_decay,
-        seed,
+        asked.seed,
     ]
-    depends = json.dumps(same, sort_keys=True, default=str)
-    warm = work / "warmup" / hashlib.sha256(depends.encode()).hexdigest()[:12]
-    if script.warmup_queries and not (warm / "drorl.json").exists():
+    text = json.dumps(depends, sort_keys=True, default=str)
+    return work / "warmup" / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def warmed_up(
+    asked: Asked, script: "ScriptArguments", config: "DROConfig", train: "Dataset", work: Path
+) -> "DROTrainer":
+    """Returns the trainer of a cell, after the warm-up."""
+    import torch
+    from nq import load_model
+
+    from drorl import DROTrainer
+    from drorl.callbacks import RichProgressCallback, TimeBudgetCallback
+    from drorl.experiment import warmup_config
+
+    torch.manual_seed(asked.seed)
+    model, tokenizer, *generator = load_model(script)
+
+    def trainer_for(title: str, config: "DROConfig") -> DROTrainer:
+        shown = RichProgressCallback(f"{title}, seed {asked.seed}")
+        return DROTrainer(model, config, train, None, tokenizer, *generator, callbacks=[shown])
+
+    folder = warmup_folder(asked, script, config, str(model.dtype), work)
+    if script.warmup_queries and not (folder / "drorl.json").exists():
         first = trainer_for("warm-up", warmup_config(config, *script.warmup))
         first.add_callback(TimeBudgetCallback(math.inf))  # anneals the rate over the steps
         first.train()
-        first.save_model(str(warm))
+        first.save_model(str(folder))
         # Once more from the start: a method that comes first is no warmer, and draws what it would have drawn.
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    trainer = trainer_for(method, config)
+    trainer = trainer_for(asked.method, config)
     if script.warmup_queries:
-        trainer.load_adapters(warm)
+        trainer.load_adapters(folder)
+    return trainer
+
+
+def trained(asked: Asked, trainer: "DROTrainer") -> tuple[float, bool]:
+    """Trains within the budget; returns the minutes that it took, and whether it diverged."""
+    import torch
+
+    from drorl.callbacks import TimeBudgetCallback
+
     # The linear decay of both kinds of budget: over the minutes, or over the steps.
-    trainer.add_callback(TimeBudgetCallback(seconds if seconds is not None else math.inf))
-    torch.manual_seed(seed)
+    seconds, _ = seconds_or_queries(asked.budget)
+    trainer.add_callback(TimeBudgetCallback(math.inf if seconds is None else seconds))
+    torch.manual_seed(asked.seed)
     start, diverged = time.monotonic(), False
     try:
         trainer.train()
     except DivergedError as error:
-        logger.error("%s, seed %d: %s", method, seed, error)
+        logger.error("%s, seed %d: %s", asked.method, asked.seed, error)
         diverged = True
-    minutes = (time.monotonic() - start) / 60
+    return (time.monotonic() - start) / 60, diverged
+
+
+def evaluated(
+    name: str, ranking: str | None, trainer: "DROTrainer", questions: "Dataset"
+) -> tuple[dict[str, float | None], dict[str, list], bool]:
+    """Returns the metrics and the predictions of a system, and whether its generator is lost."""
+    from drorl.comparison import describe, nothing
+    from drorl.evaluation import evaluate_rows, position_bias, position_shares
+
+    config, pipeline = trainer.args, trainer.pipeline
+    samples = config.answer_target, config.num_generations
+    try:
+        metrics, predictions = describe(evaluate_rows(pipeline, questions, *samples, ranking, description=name))
+        if ranking is None:
+            asked = questions.select(range(min(POSITION_QUESTIONS, len(questions))))
+            metrics["position_bias"] = position_bias(position_shares(pipeline, asked))
+    except DivergedError as error:
+        logger.error("%s, seed %d: %s", name, config.seed, error)
+        return *nothing(len(questions)), True
+    return metrics, predictions, False
+
+
+def run_cell(asked: Asked, work: Path) -> list[Cell]:
+    """Trains one method and evaluates it; returns its cell, and one for each other ranking its generator reads."""
+    from nq import load_data
+
+    from drorl.comparison import nothing
+    from drorl.experiment import commit, machine
+
+    script, config = configured(asked, work)
+    rows, _ = load_data(script)
+    questions = rows[asked.split]
+    questions = questions.select(range(min(script.num_eval_questions or len(questions), len(questions))))
+    trainer = warmed_up(asked, script, config, rows["train"], work)
+    minutes, diverged = trained(asked, trainer)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-
-    def cell(name: str, of: str | None) -> Cell:
-        metrics, predictions, lost = *nothing(len(questions)), diverged
-        try:
-            if not lost:
-                records = evaluate_rows(
-                    trainer.pipeline, questions, config.answer_target, config.num_generations, of, description=name
-                )
-                metrics, predictions = describe(records)
-                if of is None:
-                    asked = questions.select(range(min(POSITION_QUESTIONS, len(questions))))
-                    metrics["position_bias"] = position_bias(position_shares(trainer.pipeline, asked))
-        except DivergedError as error:
-            logger.error("%s, seed %d: %s", name, seed, error)
-            lost = True
-        return Cell(
-            method=name,
-            seed=seed,
-            budget=budget,
-            metrics=metrics,
-            minutes=round(minutes, 2),
-            query_steps=round(trainer.state.global_step * queries_per_step(config)),
-            settings={**settings, "ranking": of, "split": split, "data": data_of(settings)},
-            commit=commit(),
-            predictions=predictions,
-            diverged=lost,
-            curves={n: [finite(e[n]) for e in log if n in e] for n in CURVES if any(n in e for e in log)},
-            machine={**machine(), "dtype": str(trainer.model.dtype).removeprefix("torch.")},
+    curves = {name: [finite(entry[name]) for entry in log if name in entry] for name in CURVES}
+    common: dict[str, Any] = {
+        "seed": asked.seed,
+        "budget": asked.budget,
+        "minutes": round(minutes, 2),
+        "query_steps": round(trainer.state.global_step * queries_per_step(config)),
+        "commit": commit(),
+        "curves": {name: values for name, values in curves.items() if values},
+        "machine": {**machine(), "dtype": str(trainer.model.dtype).removeprefix("torch.")},
+    }
+    cells = []
+    for name, ranking in asked.rankings.items():
+        lost = (*nothing(len(questions)), True)
+        metrics, predictions, is_lost = lost if diverged else evaluated(name, ranking, trainer, questions)
+        settings = asked.kept(ranking)
+        cells.append(
+            Cell(name, metrics=metrics, predictions=predictions, diverged=is_lost, settings=settings, **common)
         )
-
-    return [cell(method, ranking), *(cell(name, of) for name, of in readings.items())]
+    return cells
 
 
 # ------------------------------------------------------------------------------------------------------------ the grid
@@ -230,7 +297,7 @@ def cells_of(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
         seconds_or_queries(budget)
         for seed in args.seeds or grid.seeds:
             for method in methods:
-                yield method, grid.settings(method), seed, budget, "test"
+                yield Asked(method, grid.settings(method), seed, budget, "test", grid.readings_of(method))
 
 
 def tuning_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
@@ -238,15 +305,10 @@ def tuning_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
     for method in args.methods or list(grid.methods):
         for extra in grid.tuning["settings"]:
             name = f"{method} / " + ", ".join(f"{key} {value:g}" for key, value in extra.items())
-            yield name, grid.settings(method, extra), grid.seeds[0], grid.tuning["budget"], "validation"
+            yield Asked(name, grid.settings(method, extra), grid.seeds[0], grid.tuning["budget"], "validation", {})
 
 
-def readings_of(grid: Grid, method: str) -> dict[str, str | None]:
-    """Returns the systems that read with this method's generator, and their rankings."""
-    return {name: ranking for name, (ranking, of) in grid.readings.items() if of == method}
-
-
-def run(cells: Iterator[Asked], grid: Grid, path: Path, work: Path, force: bool) -> int:
+def run(cells: Iterator[Asked], path: Path, work: Path, force: bool) -> int:
     """Runs the cells that are not done, each in a process of its own; one grid at a time in a folder."""
     failed: list[str] = []
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,25 +316,22 @@ def run(cells: Iterator[Asked], grid: Grid, path: Path, work: Path, force: bool)
     try:
         with FileLock(path.parent / ".lock", timeout=0):
             results, todo = Results(path), []
-            for method, settings, seed, budget, split in cells:  # all are looked at before the first one is run
-                names = {method: settings.get("ranking"), **readings_of(grid, method)}
-                same = {**settings, "split": split, "data": data_of(settings)}
-                wanted = [{**same, "ranking": ranking} for ranking in names.values()]
-                pairs = zip(names, wanted, strict=True)
-                done = [results.done(name, seed, budget, of, force) for name, of in pairs]  # each is looked at
+            for asked in cells:  # all are looked at before the first one is run
+                done = [
+                    results.done(name, asked.seed, asked.budget, asked.kept(ranking), force)
+                    for name, ranking in asked.rankings.items()
+                ]
                 if not all(done):
-                    todo.append((method, settings, seed, budget, split))
+                    todo.append(asked)
             logger.info("%d cells to run, %d done", len(todo), len(results.cells))
-            for number, (method, settings, seed, budget, split) in enumerate(todo, start=1):
-                logger.info("cell %d of %d: %s, seed %d, %s", number, len(todo), method, seed, budget)
-                asked = {"method": method, "settings": settings, "seed": seed, "budget": budget, "split": split}
-                asked["readings"] = readings_of(grid, method)
-                command = [sys.executable, __file__, "cell", json.dumps(asked)]
-                command += ["--work", str(work)]
+            for number, asked in enumerate(todo, start=1):
+                title = f"{asked.method}, seed {asked.seed}, {asked.budget}"
+                logger.info("cell %d of %d: %s", number, len(todo), title)
+                command = [sys.executable, __file__, "cell", json.dumps(asdict(asked)), "--work", str(work)]
                 process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
                 if process.returncode:
-                    failed.append(f"{method}, seed {seed}, {budget}")
-                    logger.error("%s failed with exit code %d", failed[-1], process.returncode)
+                    failed.append(title)
+                    logger.error("%s failed with exit code %d", title, process.returncode)
                     continue
                 contents = json.loads(process.stdout.splitlines()[-1])
                 results.add(*(Cell(**content) for content in contents))
@@ -304,7 +363,7 @@ def main() -> int:
     logging.getLogger("drorl").setLevel(logging.INFO)
     try:
         if args.action == "cell":
-            cells = run_cell(**json.loads(args.cell), work=args.work)
+            cells = run_cell(Asked(**json.loads(args.cell)), args.work)
             sys.stdout.write("\n" + json.dumps([asdict(cell) for cell in cells]) + "\n")
             return 0
         if args.action == "report":
@@ -315,7 +374,7 @@ def main() -> int:
         grid = Grid(args.grid)
         cells = tuning_cells(grid, args) if args.action == "tune" else cells_of(grid, args)
         name = f"{grid.path.stem}{'-tuning' * (args.action == 'tune')}.json"
-        return run(cells, grid, args.results / name, args.work, args.force)
+        return run(cells, args.results / name, args.work, args.force)
     except UserError as error:
         logger.error("%s", error)
         return 2
