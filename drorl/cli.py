@@ -1,6 +1,7 @@
 """The `drorl` command."""
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,13 @@ import typer
 from .errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Retrieval-augmented generation, trained with DRO.")
+
+
+OnError = Enum("OnError", {name: name for name in ("fail", "skip")})
+Preset = Enum("Preset", {name: name for name in ("kilt", "hotpot", "dro-official")})
+Punct = Enum("Punct", {name: name for name in ("delete", "space")})
+OnErrorOption = Annotated[OnError, typer.Option(help="Stop at a broken record, or leave it out and count it.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Nothing on stderr but errors.")]
 
 
 def _version(show: bool) -> None:
@@ -47,6 +55,56 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run's output director
     from .report import write_report
 
     typer.echo(write_report(run_dir))
+
+
+@app.command()
+def score(
+    input: Annotated[Path, typer.Option(help='JSON lines or an array of {"prediction": str, "answers": [str, ...]}.')],
+    preset: Annotated[Preset, typer.Option(help="Whose meaning of the metrics.")] = Preset.kilt,
+    punct: Annotated[Punct | None, typer.Option(help="Punctuation is deleted, or becomes a space.")] = None,
+    hotpot_yesno: Annotated[
+        bool | None, typer.Option(help="F1 is 0 where yes, no or noanswer meets anything else.")
+    ] = None,
+    first_answer_only: Annotated[bool | None, typer.Option(help="Only the first gold answer counts.")] = None,
+    on_error: OnErrorOption = OnError.fail,
+    quiet: QuietOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON, fractions.")] = False,
+) -> None:
+    """Score predictions: exact match and F1 against the best of all gold answers."""
+    import json
+    from dataclasses import replace
+
+    from .metrics import PRESETS
+    from .scoring import score_file
+
+    switches = {"punct": punct and punct.value, "hotpot_yesno": hotpot_yesno, "first_answer_only": first_answer_only}
+    settings = replace(PRESETS[preset.value], **{name: value for name, value in switches.items() if value is not None})
+    scores = score_file(input, settings, on_error.value)
+    if scores.skipped and not quiet:
+        typer.echo(f"skipped {scores.skipped.total():,} rows: {dict(scores.skipped)}", err=True)
+    if as_json:
+        typer.echo(json.dumps({"exact_match": scores.exact_match, "f1": scores.f1, "n": scores.n}))
+    else:
+        shown = ["-" if mean is None else f"{100 * mean:.2f} %" for mean in (scores.exact_match, scores.f1)]
+        typer.echo(f"exact match {shown[0]}, F1 {shown[1]}, {scores.n:,} predictions")
+
+
+@app.command()
+def prepare(
+    input: Annotated[Path, typer.Option(help="Questions, in any format that people keep them in; .gz, .zst too.")],
+    output: Annotated[Path, typer.Option(help="Rows as JSON lines; packed if the name ends in .gz or .zst.")],
+    format: Annotated[str, typer.Option(help="A format's name; auto goes by the first record.")] = "auto",
+    aliases: Annotated[Path | None, typer.Option(help="2Wiki's id_aliases.json.")] = None,
+    keep_unanswerable: Annotated[bool, typer.Option("--keep-unanswerable", help="MuSiQue's other half.")] = False,
+    on_error: OnErrorOption = OnError.fail,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn any format into rows: id, query, answers, candidates, metadata."""
+    from .data.prepare import prepare_rows
+
+    prepared = prepare_rows(input, output, format, on_error.value, aliases, keep_unanswerable, quiet)
+    if not quiet:
+        typer.echo(prepared, err=True)
 
 
 @app.command()

@@ -34,13 +34,14 @@ class RowError(InvalidInputError):
 
     Args:
         index (`int`): position of the row.
-        field (`str`): where in the row, e.g. `candidates[3].text`.
+        field (`str`): where in the row, e.g. `candidates[3].text`; empty: all of it.
         problem (`str`): what is wrong with it.
+        kind (`str`, *optional*): the same without what was seen, so that it can be counted. Default: `problem`.
     """
 
-    def __init__(self, index: int, field: str, problem: str) -> None:
-        super().__init__(f"row {index}, field {field!r}: {problem}")
-        self.index, self.field, self.problem = index, field, problem
+    def __init__(self, index: int, field: str, problem: str, kind: str | None = None) -> None:
+        super().__init__(f"row {index}, field {field!r}: {problem}" if field else f"row {index}: {problem}")
+        self.index, self.field, self.problem, self.kind = index, field, problem, kind or problem
 
 
 def validate_rows(
@@ -65,7 +66,7 @@ def validate_rows(
     if isinstance(rows, Dataset):  # the other columns would only have to be decoded
         looked_at = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
     for index, row in enumerate(looked_at):
-        problem = _problem(row, num_selected, require_scores)
+        problem = problem_of(row, num_selected, require_scores)
         if problem is None:
             kept.append(index)
             continue
@@ -80,8 +81,8 @@ def validate_rows(
     return (rows.select(kept) if isinstance(rows, Dataset) else [rows[index] for index in kept]), skipped
 
 
-def _problem(row: Mapping[str, Any], num_selected: int, require_scores: bool) -> tuple[str, str, str] | None:
-    """The first thing wrong: field, kind (in the same words for every row, so that it can be counted), particulars."""
+def problem_of(row: Mapping[str, Any], num_selected: int, require_scores: bool) -> tuple[str, str, str] | None:
+    """The first thing wrong with a row: its field, its kind (in the same words for every row), what was seen."""
     if not _is_text(row.get("query")):
         return "query", "empty or missing query", ""
     answers, candidates = row.get("answers"), row.get("candidates")

@@ -1,0 +1,512 @@
+r"""Every format in which people keep questions, passages and candidates, read into drorl's rows.
+
+    row      id, query, answers, candidates, metadata
+    passage  id, title, text; as a candidate also rank (from 1), score where a retriever gave one, and is_gold where
+             the data set says which passages support the answer
+
+A format is one function from a record to a row, and the fields by which it is known: a line of `ROWS` or `PASSAGES`.
+Candidates keep the order of the file, unless it gives the gold passages away (DPR's training data list them first):
+then they are shuffled, by their row's id. Sources of the formats: see each function.
+"""
+
+import ast
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from drorl.errors import InvalidInputError
+
+from .files import records
+from .rows import RowError, problem_of
+
+Row = dict[str, Any]
+MAX_TEXT = 1_000_000
+"""Characters; a longer text is no passage."""
+
+
+class Problem(ValueError):
+    """What is wrong with a record.
+
+    Args:
+        field (`str`): where.
+        kind (`str`): what, in the same words for every record.
+        seen (`object`): what is there instead.
+    """
+
+    def __init__(self, field: str, kind: str, seen: object = None):
+        self.field, self.kind = field, kind
+        self.seen = "" if seen is None else f": {repr(seen)[:80]}"
+        super().__init__(f"{field}: {kind}{self.seen}")
+
+
+class LeftOut(Exception):
+    """A record that is whole, and not wanted."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the pieces
+def text_of(record: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """Returns a text of a record."""
+    value = record.get(name, default)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)  # ids and years
+    if not isinstance(value, str):
+        raise Problem(name, "no text", value)
+    if len(value) > MAX_TEXT:
+        raise Problem(name, f"a text of more than {MAX_TEXT:,} characters", len(value))
+    return value
+
+
+def list_of(record: Mapping[str, Any], name: str, default: list | None = None) -> list:
+    """Returns a list of a record."""
+    value = record.get(name, default)
+    if not isinstance(value, list):
+        raise Problem(name, "no list", value)
+    return value
+
+
+def answers_of(values: object, name: str) -> list[str]:
+    """Returns gold answers, each once, in their order; one answer may stand by itself."""
+    values = [values] if isinstance(values, (str, int, float)) else values
+    if not isinstance(values, list):
+        raise Problem(name, "no list of answers", values)
+    answers = [text_of({name: value}, name) for value in values]
+    for answer in answers:
+        if _LIST.fullmatch(answer) and _literal(answer) is not None:
+            raise Problem(name, "an answer that is the text of a list", answer)
+    return list(dict.fromkeys(answer for answer in answers if answer.strip()))
+
+
+_LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
+
+
+def _literal(text: str) -> list | None:
+    """The list of texts that a Python literal stands for; nothing is evaluated."""
+    try:
+        value = ast.literal_eval(text) if len(text) < MAX_TEXT else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
+
+
+def candidate(title: str, text: str, **more: Any) -> Row:
+    """Returns a passage; what is `None` is left out."""
+    return {"title": title, "text": text, **{name: value for name, value in more.items() if value is not None}}
+
+
+def _score(record: Mapping[str, Any]) -> float | None:
+    value = record.get("score")
+    try:
+        return None if value is None else float(value)  # DPR writes them as texts
+    except (TypeError, ValueError):
+        raise Problem("score", "no number", value) from None
+
+
+def _objects(record: Mapping[str, Any], name: str) -> list[dict]:
+    items = list_of(record, name)
+    for item in items:
+        if not isinstance(item, dict):
+            raise Problem(name, "no list of records", item)
+    return items
+
+
+def shuffled(candidates: list[Row], row_id: str) -> list[Row]:
+    """Returns candidates in an order that says nothing of which are gold, and without the scores that would."""
+    bare = [{name: value for name, value in c.items() if name != "score"} for c in candidates]
+    random.Random(row_id).shuffle(bare)
+    return bare
+
+
+def title_and_text(contents: str) -> tuple[str, str]:
+    r"""Splits FlashRAG's and Search-R1's `"Title"\ntext`."""
+    title, _, text = contents.partition("\n")
+    return (title.strip().strip('"'), text.strip()) if text.strip() else ("", contents.strip())
+
+
+def _paragraphs(context: object, supporting: object) -> list[Row]:
+    """HotpotQA's context: pairs (its own files), or a record of lists (hub, FlashRAG; 2Wiki says `content`)."""
+    if isinstance(context, dict):
+        sentences = context.get("sentences", context.get("content"))
+        pairs = list(zip(list_of(context, "title"), sentences or [], strict=False))
+    elif isinstance(context, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in context):
+        pairs = context
+    else:
+        raise Problem("context", "no paragraphs", context)
+    if isinstance(supporting, dict):
+        gold = set(map(str, list_of(supporting, "title")))
+    else:
+        gold = {str(fact[0]) for fact in supporting or [] if isinstance(fact, list) and fact}  # ty: ignore[not-iterable]
+    found = []
+    for title, sentences in pairs:
+        if not isinstance(title, str) or not isinstance(sentences, list):
+            raise Problem("context", "no title with its sentences", [title, sentences])
+        text = " ".join(str(sentence).strip() for sentence in sentences).strip()
+        if text:  # HotpotQA has empty paragraphs
+            found.append(candidate(title, text, is_gold=title in gold))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------- formats of rows
+def drorl_row(record: Row) -> Row:
+    """drorl's own; whatever else a row has is kept in `metadata`."""
+    own = ("id", "query", "answers", "candidates", "metadata")
+    more = {name: value for name, value in record.items() if name not in own}
+    candidates = []
+    for item in _objects(record, "candidates"):
+        candidates.append({**item, "title": text_of(item, "title", ""), "text": text_of(item, "text")})
+    return {
+        "id": record.get("id"),
+        "query": text_of(record, "query"),
+        "answers": answers_of(record.get("answers"), "answers"),
+        "candidates": candidates,
+        "metadata": {**(record.get("metadata") or {}), **more},
+    }
+
+
+def plain_row(record: Row) -> Row:
+    """A question with its answers, under any of the usual names (NQ-open, WebQuestions): no candidates yet."""
+    question = next((name for name in ("query", "question") if name in record), "question")
+    answers = next((name for name in ("answers", "answer", "golden_answers") if name in record), "answers")
+    own = {"id", question, answers}
+    return {
+        "id": record.get("id"),
+        "query": text_of(record, question),
+        "answers": answers_of(record.get(answers), answers),
+        "candidates": [],
+        "metadata": {name: value for name, value in record.items() if name not in own},
+    }
+
+
+def dpr_retriever_row(record: Row) -> Row:
+    """What DPR's dense_retriever.py writes; https://github.com/facebookresearch/DPR."""
+    ctxs = _objects(record, "ctxs")
+    return {
+        "id": record.get("id"),
+        "query": text_of(record, "question"),
+        "answers": answers_of(record.get("answers"), "answers"),
+        "candidates": [
+            candidate(text_of(c, "title", ""), text_of(c, "text"), id=c.get("id"), score=_score(c)) for c in ctxs
+        ],
+    }
+
+
+def dpr_row(record: Row) -> Row:
+    """DPR's training data: gold passages first, so that their order must go."""
+    kinds = {"positive_ctxs": True, "hard_negative_ctxs": False, "negative_ctxs": False}
+    query = text_of(record, "question")
+    candidates: dict[Any, Row] = {}
+    for name, is_gold in kinds.items():
+        for c in _objects(record, name) if name in record else []:
+            title, text = text_of(c, "title", ""), text_of(c, "text")
+            where = c.get("passage_id", c.get("psg_id"))
+            candidates.setdefault(where or (title, text), candidate(title, text, id=where, is_gold=is_gold))
+    return {
+        "id": record.get("id"),
+        "query": query,
+        "answers": answers_of(record.get("answers"), "answers"),
+        "candidates": shuffled(list(candidates.values()), query),
+    }
+
+
+def hotpotqa_row(record: Row, aliases: Mapping[str, Sequence[str]] | None = None) -> Row:
+    """HotpotQA's own files; 2WikiMultihopQA's too, with ids of answers, whose aliases are in a file of their own."""
+    row_id = record.get("_id", record.get("id"))
+    answer_id = record.get("answer_id")
+    more = (aliases or {}).get(answer_id, ()) if isinstance(answer_id, str) else ()
+    names = ("type", "level", "evidences", "supporting_facts")
+    return {
+        "id": row_id,
+        "query": text_of(record, "question"),
+        "answers": answers_of([record.get("answer"), *more], "answer"),
+        "candidates": _paragraphs(record.get("context"), record.get("supporting_facts")),
+        "metadata": {name: record[name] for name in names if name in record},
+    }
+
+
+def musique_row(record: Row, keep_unanswerable: bool = False) -> Row:
+    """MuSiQue; its second half repeats the questions with a passage missing, and is left out."""
+    if record.get("answerable") is False and not keep_unanswerable:
+        raise LeftOut("not answerable")
+    passages = [
+        candidate(text_of(p, "title", ""), text_of(p, "paragraph_text"), is_gold=bool(p.get("is_supporting")))
+        for p in _objects(record, "paragraphs")
+    ]
+    return {
+        "id": record.get("id"),
+        "query": text_of(record, "question"),
+        "answers": answers_of([record.get("answer"), *list_of(record, "answer_aliases", [])], "answer"),
+        "candidates": passages,
+        "metadata": {"answerable": record.get("answerable", True)},
+    }
+
+
+def kilt_row(record: Row) -> Row:
+    """KILT's tasks, Wizard of Wikipedia among them: the input is the dialogue, turns parted by newlines."""
+    outputs = _objects(record, "output")
+    pages = [p.get("title") for o in outputs for p in o.get("provenance") or [] if isinstance(p, dict)]
+    return {
+        "id": record.get("id"),
+        "query": text_of(record, "input"),
+        "answers": answers_of([o["answer"] for o in outputs if o.get("answer")], "output"),
+        "candidates": [],
+        "metadata": {"gold_titles": list(dict.fromkeys(p for p in pages if isinstance(p, str)))},
+    }
+
+
+def flashrag_row(record: Row) -> Row:
+    """FlashRAG's jsonl; where its metadata carry HotpotQA's or 2Wiki's context, that is what may be chosen from."""
+    metadata = record.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise Problem("metadata", "no record", metadata)
+    context = metadata.get("context")
+    return {
+        "id": record.get("id"),
+        "query": text_of(record, "question"),
+        "answers": answers_of(record.get("golden_answers"), "golden_answers"),
+        "candidates": _paragraphs(context, metadata.get("supporting_facts")) if context else [],
+        "metadata": {name: value for name, value in metadata.items() if name != "context"},
+    }
+
+
+_DRO_PASSAGE = re.compile(r'Title:\s*"?(?P<title>.*?)"?\.?\s+(?:Content|Text):\s*(?P<text>.*)', re.DOTALL)
+
+
+def dro_row(record: Row) -> Row:
+    """The data of DRO's authors: passages are texts, `Title: X. Content: ...` or `Title: "X" Text: ...`."""
+
+    def passage(text: object) -> tuple[str, str]:
+        if not isinstance(text, str) or (found := _DRO_PASSAGE.fullmatch(text.strip())) is None:
+            raise Problem("retrieval", "no text 'Title: ... Content: ...'", text)
+        return found["title"].strip(), found["text"].strip()
+
+    gold = set(map(passage, list_of(record, "positive", [])))
+    found = dict.fromkeys(map(passage, list_of(record, "retrieval")))
+    return {
+        "id": record.get("query_id"),
+        "query": text_of(record, "question"),
+        "answers": answers_of(record.get("answer"), "answer"),
+        "candidates": [candidate(*pair, is_gold=pair in gold) for pair in found],
+    }
+
+
+_SHOWN = re.compile(r"^\[(\d+)\]:?[ \t]*", re.MULTILINE)
+_ASKED = re.compile(r"(?:search query|query)(?: is)?: *(.+?)\.?$", re.IGNORECASE | re.MULTILINE)
+
+
+def rankzephyr_row(record: Row) -> Row:
+    """RankZephyr's conversations: a teacher's ranking, for the selector's warm-up; no answers. Ranked as the teacher
+    says; `metadata.shown` is the order in which they were shown (0 is the first)."""
+    said = {str(turn.get("from")): text_of(turn, "value") for turn in _objects(record, "conversations")}
+    if not {"human", "gpt"} <= said.keys():
+        raise Problem("conversations", "no human's and no model's turn", sorted(said))
+    asked = _ASKED.findall(said["human"])
+    parts = _SHOWN.split(said["human"])
+    shown = {int(number): text.strip() for number, text in zip(parts[1::2], parts[2::2], strict=True)}
+    order = [int(number) for number in re.findall(r"\[(\d+)\]", said["gpt"])]
+    if not asked or not shown:
+        raise Problem("conversations", "no query or no passages in the human's turn", said["human"])
+    if len(set(order)) < len(order) or not set(order) <= shown.keys():
+        raise Problem("conversations", "a ranking of passages that were not shown, or shown once", said["gpt"])
+    last = max(shown)  # what is behind the last passage repeats the query
+    shown[last] = re.split(r"\n\s*\n|\nSearch Query:", shown[last])[0].strip()
+    order += [number for number in shown if number not in order]
+    return {
+        "id": record.get("id"),
+        "query": asked[-1].strip(),
+        "answers": [],
+        "candidates": [candidate("", shown[number]) for number in order],
+        "metadata": {"shown": [number - 1 for number in order]},
+    }
+
+
+def table_row(cells: list[str]) -> Row:
+    """A question and its answers as a Python list, in two columns: DPR's qas/*.csv, Anserini's topics."""
+    if len(cells) != 2:
+        raise Problem("", "not two columns, a question and its answers", cells)
+    answers = _literal(cells[1])
+    if answers is None:
+        raise Problem("answers", "no list of texts", cells[1])
+    return {"id": None, "query": cells[0], "answers": answers_of(answers, "answers"), "candidates": []}
+
+
+# ----------------------------------------------------------------------------------------------- formats of passages
+def passage(record: Row) -> Row:
+    """A passage under the usual names: `id` or BEIR's `_id`, `title`, `text`."""
+    return {
+        "id": record.get("id", record.get("_id")),
+        "title": text_of(record, "title", ""),
+        "text": text_of(record, "text"),
+    }
+
+
+def flashrag_passage(record: Row) -> Row:
+    r"""FlashRAG's and Search-R1's corpus: `{"id", "contents": "\"Title\"\ntext"}`."""
+    title, text = title_and_text(text_of(record, "contents"))
+    return {"id": record.get("id"), "title": title, "text": text}
+
+
+def psgs_passage(cells: list[str]) -> Row:
+    """DPR's psgs_w100.tsv: id, text, title; a header first."""
+    if len(cells) != 3:
+        raise Problem("", "not three columns, id, text and title", cells)
+    if cells == ["id", "text", "title"]:
+        raise LeftOut("header")
+    return {"id": cells[0], "title": cells[2], "text": cells[1]}
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+@dataclass(frozen=True)
+class Format:
+    """A format: the fields by which it is known, and what makes a row of a record."""
+
+    fields: frozenset[str]
+    read: Callable[..., Row]
+    has_answers: bool = True
+
+    def fits(self, record: object) -> bool:
+        """Whether a record may be of this format. A table's is a list of cells."""
+        return isinstance(record, dict) and bool(self.fields) and self.fields <= record.keys()
+
+
+def _format(fields: str, read: Callable[..., Row], has_answers: bool = True) -> Format:
+    return Format(frozenset(fields.split()), read, has_answers)
+
+
+ROWS: dict[str, Format] = {  # the first that fits is taken: what has more fields stands before what has fewer
+    "drorl": _format("query answers candidates", drorl_row),
+    "dpr-retriever": _format("question answers ctxs", dpr_retriever_row),
+    "dpr": _format("question answers positive_ctxs", dpr_row),
+    "2wiki": _format("question answer context supporting_facts evidences", hotpotqa_row),
+    "hotpotqa": _format("question answer context", hotpotqa_row),
+    "musique": _format("question answer paragraphs", musique_row),
+    "dro": _format("question answer retrieval", dro_row),
+    "flashrag": _format("question golden_answers", flashrag_row),
+    "kilt": _format("input output", kilt_row),
+    "rankzephyr": _format("conversations", rankzephyr_row, has_answers=False),
+    "question": _format("question answer", plain_row),
+    "questions": _format("question answers", plain_row),
+    "query": _format("query answers", plain_row),
+    "qa-table": Format(frozenset(), table_row),
+}
+PASSAGES: dict[str, Format] = {
+    "flashrag-corpus": _format("contents", flashrag_passage),
+    "passages": _format("text", passage),
+    "psgs": Format(frozenset(), psgs_passage),
+}
+
+
+def format_of(record: object, formats: Mapping[str, Format], path: Path) -> str:
+    """Returns the name of the first format that a record fits.
+
+    Raises:
+        InvalidInputError: if there is none.
+    """
+    for name, known in formats.items():
+        if known.fits(record) or (isinstance(record, list) and not known.fields):
+            return name
+    seen = sorted(record) if isinstance(record, dict) else repr(record)[:80]
+    known = "; ".join(f"{name} ({' '.join(sorted(f.fields)) or 'a table'})" for name, f in formats.items())
+    raise InvalidInputError(f"{path}: a record with {seen} is of no format that is known. They are: {known}")
+
+
+@dataclass
+class Reading:
+    """Rows or passages of a file, one by one as they are asked for, and a count of what was not one.
+
+    Args:
+        path (`Path`): the file.
+        formats (`Mapping`): `ROWS` or `PASSAGES`.
+        format (`str`): a name among them; `auto` takes the first that the first record fits.
+        on_error (`str`): `fail` raises at the first record that is not whole, `skip` leaves it out and counts it.
+        options (`dict`): what else the format's function takes: `aliases` of 2wiki, `keep_unanswerable` of musique.
+        start (`int`): so many records are passed over, and not looked at.
+        skipped (`Counter`): how many records were left out, and why.
+        number (`int`): of the last record that was read, from 1.
+
+    Raises:
+        RowError: a record is not whole and `on_error` is `fail`.
+        InvalidInputError: the file cannot be read, or is of no known format.
+    """
+
+    path: Path
+    formats: Mapping[str, Format] = field(default_factory=lambda: ROWS)
+    format: str = "auto"
+    on_error: Literal["fail", "skip"] = "fail"
+    options: dict[str, Any] = field(default_factory=dict)
+    start: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        if self.format != "auto" and self.format not in self.formats:
+            raise InvalidInputError(f"no format {self.format!r}; there are auto, {', '.join(self.formats)}")
+        if self.on_error not in ("fail", "skip"):
+            raise InvalidInputError(f"on_error={self.on_error!r}: use 'fail' or 'skip'")
+
+    def __iter__(self) -> Iterator[Row]:
+        read = None
+        for number, record in records(self.path):
+            if read is None and not isinstance(record, RowError):
+                read = self._reader(record)
+            if number <= self.start:
+                continue
+            self.number = number
+            if read is not None and not isinstance(record, RowError):
+                try:
+                    row = read(record)
+                except LeftOut as reason:
+                    if str(reason) != "header":
+                        self.skipped[str(reason)] += 1
+                    continue
+                except Problem as problem:
+                    record = RowError(number, problem.field, problem.kind + problem.seen, problem.kind)
+                else:
+                    row["id"] = str(number) if row["id"] is None else str(row["id"])
+                    record = self._checked(row, number)
+            if isinstance(record, RowError):
+                if self.on_error == "fail":
+                    raise record
+                self.skipped[record.kind] += 1
+                continue
+            yield record
+
+    def _reader(self, record: object) -> Callable[[Any], Row]:
+        if self.format == "auto":
+            self.format = format_of(record, self.formats, self.path)
+        table = not self.formats[self.format].fields
+        read = partial(self.formats[self.format].read, **self.options)
+
+        def checked(record: object) -> Row:
+            if not isinstance(record, list if table else dict):
+                raise Problem("", f"no record of the format {self.format}", record)
+            return read(record)
+
+        return checked
+
+    def _checked(self, row: Row, number: int) -> Row | RowError:
+        """Completes a row or a passage, and looks at it as the trainer will."""
+        if self.formats is PASSAGES:
+            return row if row["text"].strip() else RowError(number, "text", "empty text", "empty text")
+        row.setdefault("metadata", {})
+        for rank, item in enumerate(row["candidates"], start=1):
+            item["rank"] = rank
+            item["id"] = str(item.get("id") or f"{row['id']}/{rank}")
+        has_answers = self.formats[self.format].has_answers
+        problem = problem_of(row if has_answers else {**row, "answers": ["-"]}, 0, False)
+        return row if problem is None else RowError(number, problem[0], problem[1] + problem[2], problem[1])
+
+
+def read_aliases(path: Path) -> dict[str, list[str]]:
+    """Returns the aliases of 2Wiki's id_aliases.json, by the id of the answer."""
+    found: dict[str, list[str]] = {}
+    for number, record in records(path):
+        if isinstance(record, RowError):
+            raise record
+        if not isinstance(record, dict) or "Q_id" not in record:
+            raise RowError(number, "Q_id", "no id of an answer")
+        found[str(record["Q_id"])] = [*record.get("aliases", []), *record.get("demonyms", [])]
+    return found

@@ -1,0 +1,107 @@
+"""From any format to rows in a file, in the memory of one shard, resumed where it was stopped."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from .formats import Reading, Row, read_aliases
+from .shards import Shards
+
+SHARD_ROWS = 10_000
+FLASHRAG_2WIKI = 15_000
+VERSION = 1
+"""Raised when a reader makes other rows of the same file."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was made of a file."""
+
+    format: str
+    rows: int
+    skipped: Counter[str]
+    without_candidates: int
+    passages: int
+    with_gold: int
+    """Rows of which a passage is marked as gold."""
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.rows:,} rows ({self.format}), {self.passages:,} candidates, {self.with_gold:,} rows with golds"
+        ]
+        if self.without_candidates:
+            parts.append(f"{self.without_candidates:,} rows have no candidates yet: drorl retrieve finds some")
+        parts += [f"skipped {count:,}: {kind}" for kind, count in self.skipped.most_common()]
+        if self.format == "flashrag" and self.rows == FLASHRAG_2WIKI:
+            parts.append("FlashRAG's 2Wiki has 15,000 training rows where the original has 167,454")
+        return "\n".join(parts)
+
+
+def prepare_rows(
+    source: Path,
+    output: Path,
+    format: str = "auto",
+    on_error: str = "fail",
+    aliases: Path | None = None,
+    keep_unanswerable: bool = False,
+    quiet: bool = False,
+) -> Prepared:
+    """Writes the rows of a file as JSON lines; see [`formats.Reading`] for what may be in it.
+
+    A run that was killed goes on after its last finished shard, and ends with the file that it would have written.
+
+    Raises:
+        RowError: a record is broken and `on_error` is `fail`.
+        InvalidInputError: a file cannot be read or written, or is of no known format.
+    """
+    options: dict[str, Any] = {"keep_unanswerable": True} if keep_unanswerable else {}
+    if aliases is not None:
+        options["aliases"] = read_aliases(aliases)
+    reading = Reading(source, format=format, on_error=on_error, options=options)  # ty: ignore[invalid-argument-type]
+    known = source.stat() if source.exists() else None
+    depends = [str(source.resolve()), known and (known.st_size, known.st_mtime_ns), format, on_error, options, VERSION]
+    shards = Shards(output, hashlib.sha256(json.dumps(depends).encode()).hexdigest())
+    if shards.notes:
+        reading.start = shards.notes[-1]["record"]
+    rows = iter(reading)
+    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+        task = progress.add_task(f"{source.name}", total=None)
+        while block := list(islice(rows, SHARD_ROWS)):
+            shards.add(map(_line, block), _note(block, reading))
+            progress.update(task, description=f"{source.name}: {sum(n['rows'] for n in shards.notes):,} rows")
+    if reading.skipped:  # behind the last row
+        shards.add([], _note([], reading))
+    shards.finish()
+    return _summed(shards.notes, reading.format)
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False)
+
+
+def _note(block: list[Row], reading: Reading) -> dict[str, Any]:
+    """What is to be known of a shard; the reading forgets what it has counted."""
+    skipped, reading.skipped = dict(reading.skipped), Counter()
+    return {
+        "record": reading.number,
+        "rows": len(block),
+        "skipped": skipped,
+        "without_candidates": sum(not row["candidates"] for row in block),
+        "passages": sum(len(row["candidates"]) for row in block),
+        "with_gold": sum(any(c.get("is_gold") for c in row["candidates"]) for row in block),
+    }
+
+
+def _summed(notes: list[dict[str, Any]], format: str) -> Prepared:
+    skipped = sum((Counter(note["skipped"]) for note in notes), Counter())
+    totals = {
+        name: sum(note[name] for note in notes) for name in ("rows", "without_candidates", "passages", "with_gold")
+    }
+    return Prepared(format=format, skipped=skipped, **totals)

@@ -1,0 +1,77 @@
+"""A long output in shards that survive being killed: what is finished is kept, and the whole appears at once."""
+
+import gzip
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from drorl.errors import InvalidInputError
+
+
+class Shards:
+    """The parts of a file of lines that is being made.
+
+    They are kept in a folder beside it, each complete or absent, until [`finish`] joins them. Whoever begins again
+    with the same `key` goes on after the last one; another key begins anew. As long as the same key leads to the same
+    lines, the file is the same to the byte whether its making was interrupted or not.
+
+    Args:
+        output (`Path`): the file; packed if its name ends in .gz or .zst.
+        key (`str`): what the lines depend on.
+
+    Raises:
+        InvalidInputError: if there is no place for it.
+    """
+
+    def __init__(self, output: Path, key: str):
+        self.output, self.folder = output, output.with_name(f".{output.name}.shards")
+        if output.is_dir() or not output.parent.is_dir():
+            raise InvalidInputError(f"{output} cannot be written: it is a folder, or lies in none")
+        kept = self.folder / "key"
+        if not kept.exists() or kept.read_text() != key:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+            kept.write_text(key)
+        self.notes: list[Any] = []
+        """What was said of each finished shard."""
+        while (note := self._path("json")).exists():
+            self.notes.append(json.loads(note.read_text()))
+
+    def _path(self, suffix: str) -> Path:
+        return self.folder / f"{len(self.notes):06d}.{suffix}"
+
+    def add(self, lines: Iterable[str], note: Any) -> None:
+        """Keeps a shard of lines, each without its end, and what is to be known of it; whole or not at all."""
+        self._path("lines").write_bytes("".join(f"{line}\n" for line in lines).encode())
+        aside = self._path("partial")
+        aside.write_text(json.dumps(note))
+        aside.replace(self._path("json"))  # the last step: a shard counts once this exists
+        self.notes.append(note)
+
+    def finish(self) -> None:
+        """Joins the shards into the file, which replaces an earlier one, and removes them."""
+        aside = self.folder / "whole"
+        with aside.open("wb") as raw:
+            with _packed(raw, self.output.suffix) as sink:
+                for number in range(len(self.notes)):
+                    with (self.folder / f"{number:06d}.lines").open("rb") as shard:
+                        shutil.copyfileobj(shard, sink)
+            raw.flush()
+            os.fsync(raw.fileno())
+        aside.replace(self.output)
+        shutil.rmtree(self.folder)
+
+
+def _packed(raw: Any, suffix: str) -> Any:
+    """A stream into another one, the same bytes whenever it is written."""
+    if suffix == ".gz":
+        return gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
+    if suffix == ".zst":
+        return zstandard.ZstdCompressor().stream_writer(raw, closefd=False)
+    return nullcontext(raw)

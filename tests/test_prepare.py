@@ -1,0 +1,128 @@
+"""Long outputs: made in shards, killed at any moment, and in the end what they would have been."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+from typer.testing import CliRunner
+
+from drorl.cli import app
+from drorl.data import prepare
+from drorl.data.prepare import prepare_rows
+from drorl.data.shards import Shards
+from drorl.errors import InvalidInputError
+
+run = CliRunner().invoke
+
+
+def questions(path: Path, count: int) -> Path:
+    """A file of questions, every tenth of which has no answer."""
+    entries = ({"question": f"who is {i}?", "golden_answers": [f"Bo {i}"] if i % 10 else []} for i in range(count))
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_rows_are_counted_and_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows in shards of any size, plain or packed; what was skipped in all shards is counted."""
+    source = questions(tmp_path / "q.jsonl", 45)
+    wanted = [f"who is {i}?" for i in range(45) if i % 10]
+    for rows in (7, 1000):
+        monkeypatch.setattr(prepare, "SHARD_ROWS", rows)
+        for name, unpacked in (("a.jsonl", bytes), ("a.gz", gzip.decompress), ("a.zst", _unpacked)):
+            prepared = prepare_rows(source, tmp_path / name, on_error="skip", quiet=True)
+            lines = unpacked((tmp_path / name).read_bytes()).decode().splitlines()
+            assert [json.loads(line)["query"] for line in lines] == wanted
+            assert (prepared.rows, prepared.without_candidates, prepared.skipped.total()) == (40, 40, 5)
+    assert "skipped 5: no answer that is not blank" in str(prepared)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gz", "a.jsonl", "a.zst", "q.jsonl"]
+
+
+def _unpacked(data: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().stream_reader(data).read()
+
+
+def test_a_key_that_has_changed_begins_anew(tmp_path: Path) -> None:
+    """Shards of other settings, or of another file of that name, are never taken over."""
+    for key, kept in (("a", 0), ("a", 1), ("b", 0)):
+        shards = Shards(tmp_path / "out", key)
+        assert len(shards.notes) == kept
+        shards.add([key], {"n": 1})
+    shards.add(["end"], {"n": 2})
+    shards.finish()
+    assert (tmp_path / "out").read_text() == "b\nend\n"
+    assert not Shards(tmp_path / "out", "b").notes
+    for place in (tmp_path, tmp_path / "none" / "out"):
+        with pytest.raises(InvalidInputError, match="cannot be written"):
+            Shards(place, "a")
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from drorl.data import formats, prepare
+prepare.SHARD_ROWS = 50
+real = formats.ROWS["flashrag"].read
+def slow(record):
+    time.sleep(0.002)
+    return real(record)
+formats.ROWS["flashrag"] = formats.Format(frozenset(["question", "golden_answers"]), slow)
+prepare.prepare_rows(Path(sys.argv[1]), Path(sys.argv[2]), on_error="skip", quiet=True)
+"""
+
+
+def test_killed_and_begun_again_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 in the middle: the second run keeps the finished shards, and nobody can tell from the file."""
+    monkeypatch.setattr(prepare, "SHARD_ROWS", 50)
+    source = questions(tmp_path / "q.jsonl", 1000)
+    whole = prepare_rows(source, tmp_path / "whole.gz", on_error="skip", quiet=True)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(tmp_path / "out.gz")])
+    folder = tmp_path / ".out.gz.shards"
+    deadline = time.monotonic() + 60
+    while not (folder / "000003.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out.gz").exists()
+    finished = [(p.name, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.json"))]
+    assert 4 <= len(finished) < 18
+
+    made: list[int] = []
+    real = Shards.add
+    monkeypatch.setattr(Shards, "add", lambda self, *a: (made.append(len(self.notes)), real(self, *a))[1])
+    again = prepare_rows(source, tmp_path / "out.gz", on_error="skip", quiet=True)
+    assert made[0] == len(finished)
+    assert (tmp_path / "out.gz").read_bytes() == (tmp_path / "whole.gz").read_bytes()
+    assert again == whole
+
+
+def test_the_command_prepares_and_scores(tmp_path: Path) -> None:
+    """Data to files and stdout, counts to stderr, exit codes."""
+    source = questions(tmp_path / "q.jsonl", 20)
+    arguments = ["prepare", "--input", str(source), "--output", str(tmp_path / "rows.jsonl")]
+    refused = run(app, arguments)
+    assert (refused.exit_code, "row 1, field 'answers'" in str(refused.exception)) == (1, True)
+    done = run(app, [*arguments, "--on-error", "skip"])
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "18 rows (flashrag)" in done.stderr
+    assert run(app, [*arguments, "--on-error", "skip", "--quiet"]).stderr == ""
+    assert run(app, [*arguments, "--on-error", "maybe"]).exit_code == 2
+
+    predictions = [("the U.S.", ["U.S.", "us"]), ("yes", ["yes it is"]), ("", ["Bo"]), ("u s", ["x", "U.S."])]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps({"prediction": p, "answers": a}) + "\n" for p, a in predictions))
+    for preset, expected in {"kilt": (0.25, 0.375), "hotpot": (0.25, 0.25), "dro-official": (0.25, 0.375)}.items():
+        done = run(app, ["score", "--input", str(path), "--json", "--preset", preset])
+        assert json.loads(done.stdout.splitlines()[-1]) == {"exact_match": expected[0], "f1": expected[1], "n": 4}
+    spaced = run(app, ["score", "--input", str(path), "--json", "--punct", "space"])
+    assert json.loads(spaced.stdout)["exact_match"] == 0.5
+    path.write_text('{"prediction": "x", "answers": "y"}\n')
+    assert "row 1, field 'answers'" in str(run(app, ["score", "--input", str(path)]).exception)
+    skipped = run(app, ["score", "--input", str(path), "--on-error", "skip", "--json"])
+    assert json.loads(skipped.stdout) == {"exact_match": None, "f1": None, "n": 0}
