@@ -13,13 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from drorl.data.rows import RowError
+from drorl.cli import app
+from drorl.data.rows import RowError, validate_rows
 from drorl.errors import InvalidInputError
 from drorl.retrieval import bm25, corpus
 from drorl.retrieval.bm25 import BM25, BM25Settings, terms_of
 from drorl.retrieval.corpus import Corpus
 
+run = CliRunner().invoke
 WORDS = "river mountain lake city king war music train bridge castle forest island poet novel treaty harbour".split()
 
 
@@ -160,3 +163,34 @@ def test_the_index_is_bm25s(tmp_path: Path) -> None:
         terms = terms_of(query, index.settings)
         own = bm25s.BM25.load(tmp_path / "i").get_scores(terms)
         np.testing.assert_allclose(own, theirs.get_scores(terms), rtol=1e-5)
+
+
+def test_the_commands_from_files_to_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A corpus in a file is indexed once, in the cache; one in a folder by drorl index; both give the same rows."""
+    monkeypatch.setenv("DRORL_CACHE", str(tmp_path / "cache"))
+    source = passages(tmp_path / "p.jsonl", 200)
+    questions = [
+        {"question": "river king?", "golden_answers": ["x"], "metadata": {"gold_ids": ["p3", "p4"]}},
+        {"question": "the of", "golden_answers": ["x"]},
+        {"question": "treaty harbour?", "golden_answers": ["x"]},
+    ]
+    queries = tmp_path / "q.jsonl"
+    queries.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    arguments = ["--queries", str(queries), "--top-k", "150", "--output"]
+    done = run(app, ["retrieve", "--corpus", str(source), *arguments, str(tmp_path / "a.jsonl")])
+    assert (done.exit_code, done.stdout) == (0, ""), done.exception
+    assert "3 rows (flashrag)" in done.stderr and "1 rows have no candidates" in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    gold = {c["id"] for c in rows[0]["candidates"] if c["is_gold"]}
+    assert gold == {c["id"] for c in rows[0]["candidates"]} & {"p3", "p4"}
+    assert not any("is_gold" in c for c in rows[2]["candidates"])
+    assert [c["rank"] for c in rows[2]["candidates"]] == list(range(1, len(rows[2]["candidates"]) + 1))
+    validate_rows([rows[0], rows[2]], 5, require_scores=True)
+
+    assert run(app, ["index", "--corpus", str(source), "--output", str(tmp_path / "c")]).exit_code == 0
+    done = run(app, ["retrieve", "--corpus", str(tmp_path / "c"), *arguments, str(tmp_path / "b.jsonl")])
+    assert done.exit_code == 0
+    assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+    assert run(app, ["index", "--corpus", str(source), "--output", str(tmp_path / "c"), "--b", "0.9"]).exit_code == 0
+    run(app, ["retrieve", "--corpus", str(tmp_path / "c"), *arguments, str(tmp_path / "b.jsonl")])
+    assert (tmp_path / "b.jsonl").read_bytes() != (tmp_path / "a.jsonl").read_bytes()  # of the other index

@@ -175,7 +175,7 @@ def plain_row(record: Row) -> Row:
     return {
         "id": record.get("id"),
         "query": text_of(record, question),
-        "answers": answers_of(record.get(answers), answers),
+        "answers": answers_of(record.get(answers, []), answers),
         "candidates": [],
         "metadata": {name: value for name, value in record.items() if name not in own},
     }
@@ -390,6 +390,8 @@ ROWS: dict[str, Format] = {  # the first that fits is taken: what has more field
     "question": _format("question answer", plain_row),
     "questions": _format("question answers", plain_row),
     "query": _format("query answers", plain_row),
+    "bare-question": _format("question", plain_row, has_answers=False),  # to be retrieved for, or answered
+    "bare-query": _format("query", plain_row, has_answers=False),
     "qa-table": Format(frozenset(), table_row),
 }
 PASSAGES: dict[str, Format] = {

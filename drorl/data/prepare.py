@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.progress import Progress
 from .formats import Reading, Row, read_aliases
 from .shards import Shards
 
-SHARD_ROWS = 10_000
+SHARD_ROWS = 2_000
 FLASHRAG_2WIKI = 15_000
 VERSION = 1
 """Raised when a reader makes other rows of the same file."""
@@ -22,7 +23,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was made of a file."""
+    """What was written."""
 
     format: str
     rows: int
@@ -37,7 +38,7 @@ class Prepared:
             f"{self.rows:,} rows ({self.format}), {self.passages:,} candidates, {self.with_gold:,} rows with golds"
         ]
         if self.without_candidates:
-            parts.append(f"{self.without_candidates:,} rows have no candidates yet: drorl retrieve finds some")
+            parts.append(f"{self.without_candidates:,} rows have no candidates")
         parts += [f"skipped {count:,}: {kind}" for kind, count in self.skipped.most_common()]
         if self.format == "flashrag" and self.rows == FLASHRAG_2WIKI:
             parts.append("FlashRAG's 2Wiki has 15,000 training rows where the original has 167,454")
@@ -53,9 +54,7 @@ def prepare_rows(
     keep_unanswerable: bool = False,
     quiet: bool = False,
 ) -> Prepared:
-    """Writes the rows of a file as JSON lines; see [`formats.Reading`] for what may be in it.
-
-    A run that was killed goes on after its last finished shard, and ends with the file that it would have written.
+    """Writes the rows of a file as JSON lines; see [`formats.Reading`] for what may be in it, and [`write_rows`].
 
     Raises:
         RowError: a record is broken and `on_error` is `fail`.
@@ -65,25 +64,48 @@ def prepare_rows(
     if aliases is not None:
         options["aliases"] = read_aliases(aliases)
     reading = Reading(source, format=format, on_error=on_error, options=options)  # ty: ignore[invalid-argument-type]
+    return write_rows(reading, output, quiet=quiet)
+
+
+def write_rows(
+    reading: Reading,
+    output: Path,
+    change: Callable[[list[Row]], list[Row]] | None = None,
+    depends: Sequence[Any] = (),
+    quiet: bool = False,
+) -> Prepared:
+    """Writes rows as they are read, or changed, as JSON lines; packed if the name ends in .gz or .zst.
+
+    A run that was killed goes on after its last finished shard, and ends with the file that it would have written.
+
+    Args:
+        reading ([`Reading`]): the rows.
+        output (`Path`): the file.
+        change (`Callable`, *optional*): makes a shard of rows of a shard of rows.
+        depends (`Sequence`): what `change` depends on, as JSON.
+        quiet (`bool`): no progress on stderr.
+    """
+    source = reading.path
     known = source.stat() if source.exists() else None
-    depends = [str(source.resolve()), known and (known.st_size, known.st_mtime_ns), format, on_error, options, VERSION]
-    shards = Shards(output, hashlib.sha256(json.dumps(depends).encode()).hexdigest())
+    of_source = [str(source.resolve()), known and (known.st_size, known.st_mtime_ns), reading.format, reading.on_error]
+    key = json.dumps([*of_source, reading.options, *depends, VERSION])
+    shards = Shards(output, hashlib.sha256(key.encode()).hexdigest())
     if shards.notes:
         reading.start = shards.notes[-1]["record"]
     rows = iter(reading)
     with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
-        task = progress.add_task(f"{source.name}", total=None)
+        task = progress.add_task(source.name, total=None)
         while block := list(islice(rows, SHARD_ROWS)):
-            shards.add(map(_line, block), _note(block, reading))
+            block = change(block) if change else block
+            shards.add((json.dumps(row, ensure_ascii=False) for row in block), _note(block, reading))
             progress.update(task, description=f"{source.name}: {sum(n['rows'] for n in shards.notes):,} rows")
     if reading.skipped:  # behind the last row
         shards.add([], _note([], reading))
     shards.finish()
-    return _summed(shards.notes, reading.format)
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False)
+    counted = ("rows", "without_candidates", "passages", "with_gold")
+    totals = {name: sum(note[name] for note in shards.notes) for name in counted}
+    skipped = sum((Counter(note["skipped"]) for note in shards.notes), Counter())
+    return Prepared(format=reading.format, skipped=skipped, **totals)
 
 
 def _note(block: list[Row], reading: Reading) -> dict[str, Any]:
@@ -97,11 +119,3 @@ def _note(block: list[Row], reading: Reading) -> dict[str, Any]:
         "passages": sum(len(row["candidates"]) for row in block),
         "with_gold": sum(any(c.get("is_gold") for c in row["candidates"]) for row in block),
     }
-
-
-def _summed(notes: list[dict[str, Any]], format: str) -> Prepared:
-    skipped = sum((Counter(note["skipped"]) for note in notes), Counter())
-    totals = {
-        name: sum(note[name] for note in notes) for name in ("rows", "without_candidates", "passages", "with_gold")
-    }
-    return Prepared(format=format, skipped=skipped, **totals)

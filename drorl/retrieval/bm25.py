@@ -85,6 +85,7 @@ class BM25:
         if facts["corpus"] != corpus.key:
             raise InvalidInputError(f"{folder} is an index of another corpus: make it again with drorl index")
         self.settings = BM25Settings(**facts["settings"])
+        self.key = f"bm25 {json.dumps(facts, sort_keys=True)}"
         self._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
 
     @classmethod

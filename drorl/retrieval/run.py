@@ -1,0 +1,68 @@
+"""Candidates for the questions of a file, resumed where it was stopped."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from drorl.data.formats import Reading, Row
+from drorl.data.packages import cache_dir
+from drorl.data.prepare import Prepared, write_rows
+from drorl.errors import InvalidInputError
+
+from .corpus import Corpus
+
+
+class Retriever(Protocol):
+    """What finds candidates."""
+
+    key: str
+    """Of all that its answers depend on."""
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[dict[str, Any]]]:
+        """Returns the best k passages of each query: id, title, text, score and rank, best first."""
+        ...
+
+
+def corpus_of(source: Path, format: str = "auto", on_error: str = "fail") -> Corpus:
+    """Returns the corpus of a folder of `drorl index`, or makes one of a file of passages, once, in the cache."""
+    if source.is_dir():
+        return Corpus(source)
+    name = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:16]
+    return Corpus.build(source, cache_dir() / "corpora" / name, format, on_error)
+
+
+def retrieve_rows(
+    retriever: Retriever,
+    queries: Path,
+    output: Path,
+    k: int,
+    format: str = "auto",
+    on_error: str = "fail",
+    quiet: bool = False,
+) -> Prepared:
+    """Writes the rows of a file of questions with the best k passages as their candidates; see [`write_rows`].
+
+    A passage is marked as gold where the question names gold passages, by id or by title.
+
+    Raises:
+        RowError: a question is broken and `on_error` is `fail`.
+        InvalidInputError: a file cannot be read or written.
+    """
+    if k < 1:
+        raise InvalidInputError(f"top_k={k}: at least one passage has to be asked for")
+
+    def with_candidates(rows: list[Row]) -> list[Row]:
+        found = retriever.search([row["query"] for row in rows], k)
+        return [{**row, "candidates": _marked(f, row["metadata"])} for row, f in zip(rows, found, strict=True)]
+
+    reading = Reading(queries, format=format, on_error=on_error)  # ty: ignore[invalid-argument-type]
+    return write_rows(reading, output, with_candidates, [retriever.key, k], quiet)
+
+
+def _marked(candidates: list[dict[str, Any]], metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """Marks what the data set calls gold, if it says so at all."""
+    ids, titles = metadata.get("gold_ids"), metadata.get("gold_titles")
+    if ids is None and titles is None:
+        return candidates
+    return [{**c, "is_gold": c["id"] in (ids or ()) or c["title"] in (titles or ())} for c in candidates]
