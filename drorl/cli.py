@@ -17,6 +17,8 @@ Preset = Enum("Preset", {name: name for name in ("kilt", "hotpot", "dro-official
 RetrieverName = Enum("RetrieverName", {"bm25": "bm25"})
 Punct = Enum("Punct", {name: name for name in ("delete", "space")})
 OnErrorOption = Annotated[OnError, typer.Option(help="Stop at a broken record, or leave it out and count it.")]
+FormatOption = Annotated[str, typer.Option(help="A format's name; auto goes by the first record.")]
+OutputOption = Annotated[Path, typer.Option(help="Rows as JSON lines; packed if the name ends in .gz or .zst.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Nothing on stderr but errors.")]
 
 
@@ -92,18 +94,36 @@ def score(
 
 @app.command()
 def prepare(
-    input: Annotated[Path, typer.Option(help="Questions, in any format that people keep them in; .gz, .zst too.")],
-    output: Annotated[Path, typer.Option(help="Rows as JSON lines; packed if the name ends in .gz or .zst.")],
-    format: Annotated[str, typer.Option(help="A format's name; auto goes by the first record.")] = "auto",
+    input: Annotated[Path, typer.Option(help="Questions, in any format that people keep them in, or a BEIR folder.")],
+    output: OutputOption,
+    format: FormatOption = "auto",
     aliases: Annotated[Path | None, typer.Option(help="2Wiki's id_aliases.json.")] = None,
     keep_unanswerable: Annotated[bool, typer.Option("--keep-unanswerable", help="MuSiQue's other half.")] = False,
+    split: Annotated[str, typer.Option(help="Of a BEIR folder.")] = "test",
+    run: Annotated[Path | None, typer.Option(help="Candidates from a TREC run; needs --corpus.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="The passages of the run.")] = None,
+    qrels: Annotated[Path | None, typer.Option(help="TREC's judgements: which candidates are gold.")] = None,
+    top_k: Annotated[int, typer.Option(help="Candidates of each question, from the run.", min=1)] = 20,
     on_error: OnErrorOption = OnError.fail,
     quiet: QuietOption = False,
 ) -> None:
     """Turn any format into rows: id, query, answers, candidates, metadata."""
-    from .data.prepare import prepare_rows
+    from .data.prepare import write_rows
+    from .data.reading import Reading, read_aliases
+    from .data.trec import read_qrels, read_run
+    from .retrieval.ranked import Ranked
 
-    prepared = prepare_rows(input, output, format, on_error.value, aliases, keep_unanswerable, quiet)
+    if (run is None) != (corpus is None):
+        raise typer.BadParameter("a run names its passages by their ids, and the corpus holds their texts: give both")
+    options = ({} if aliases is None else {"aliases": read_aliases(aliases)}) | (
+        {"keep_unanswerable": True} if keep_unanswerable else {}
+    )
+    reading = Reading(input, format=format, on_error=on_error.value, options=options, split=split)
+    change, depends = None, []
+    if run is not None and corpus is not None:
+        ranking, judged = read_run(run), None if qrels is None else read_qrels(qrels)
+        change, depends = Ranked(ranking, corpus, judged, top_k), [ranking, str(corpus), judged, top_k]
+    prepared = write_rows(reading, output, change, depends, quiet)
     if not quiet:
         typer.echo(prepared, err=True)
 
@@ -119,7 +139,7 @@ def index(
     corpus: CorpusOption,
     output: Annotated[Path, typer.Option(help="Folder of the corpus and its index.")],
     retriever: Annotated[RetrieverName, typer.Option(help="What is to search it.")] = RetrieverName.bm25,
-    format: Annotated[str, typer.Option(help="The passages' format; auto goes by the first one.")] = "auto",
+    format: FormatOption = "auto",
     on_error: OnErrorOption = OnError.fail,
     k1: Annotated[float, typer.Option(help="BM25: how soon further occurrences count less.")] = 0.9,
     b: Annotated[float, typer.Option(help="BM25: how much length counts, 0 to 1.", min=0, max=1)] = 0.4,
@@ -139,10 +159,10 @@ def index(
 def retrieve(
     corpus: CorpusOption,
     queries: Annotated[Path, typer.Option(help="Questions in any format that drorl prepare reads.")],
-    output: Annotated[Path, typer.Option(help="Rows as JSON lines; packed if the name ends in .gz or .zst.")],
+    output: OutputOption,
     retriever: Annotated[RetrieverName, typer.Option(help="What searches.")] = RetrieverName.bm25,
     top_k: Annotated[int, typer.Option(help="Candidates of each question.", min=1)] = 20,
-    format: Annotated[str, typer.Option(help="The questions' format; auto goes by the first one.")] = "auto",
+    format: FormatOption = "auto",
     on_error: OnErrorOption = OnError.fail,
     quiet: QuietOption = False,
 ) -> None:

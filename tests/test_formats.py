@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from drorl.data import files
 from drorl.data.files import records
-from drorl.data.formats import PASSAGES, ROWS, Reading, read_aliases
+from drorl.data.formats import PASSAGES, ROWS
+from drorl.data.reading import Reading, read_aliases
 from drorl.data.rows import RowError, validate_rows
 from drorl.errors import InvalidInputError
 

@@ -15,11 +15,17 @@ from typer.testing import CliRunner
 
 from drorl.cli import app
 from drorl.data import prepare
-from drorl.data.prepare import prepare_rows
+from drorl.data.prepare import Prepared, write_rows
+from drorl.data.reading import Reading
 from drorl.data.shards import Shards
 from drorl.errors import InvalidInputError
 
 run = CliRunner().invoke
+
+
+def prepare_rows(source: Path, output: Path) -> Prepared:
+    """Writes the rows of a file, without those that are broken."""
+    return write_rows(Reading(source, on_error="skip"), output, quiet=True)
 
 
 def questions(path: Path, count: int) -> Path:
@@ -36,7 +42,7 @@ def test_rows_are_counted_and_packed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for rows in (7, 1000):
         monkeypatch.setattr(prepare, "SHARD_ROWS", rows)
         for name, unpacked in (("a.jsonl", bytes), ("a.gz", gzip.decompress), ("a.zst", _unpacked)):
-            prepared = prepare_rows(source, tmp_path / name, on_error="skip", quiet=True)
+            prepared = prepare_rows(source, tmp_path / name)
             lines = unpacked((tmp_path / name).read_bytes()).decode().splitlines()
             assert [json.loads(line)["query"] for line in lines] == wanted
             assert (prepared.rows, prepared.without_candidates, prepared.skipped.total()) == (40, 40, 5)
@@ -66,14 +72,14 @@ def test_a_key_that_has_changed_begins_anew(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from drorl.data import formats, prepare
+from drorl.data import formats, prepare, reading
 prepare.SHARD_ROWS = 50
 real = formats.ROWS["flashrag"].read
 def slow(record):
     time.sleep(0.002)
     return real(record)
 formats.ROWS["flashrag"] = formats.Format(frozenset(["question", "golden_answers"]), slow)
-prepare.prepare_rows(Path(sys.argv[1]), Path(sys.argv[2]), on_error="skip", quiet=True)
+prepare.write_rows(reading.Reading(Path(sys.argv[1]), on_error="skip"), Path(sys.argv[2]), quiet=True)
 """
 
 
@@ -81,7 +87,7 @@ def test_killed_and_begun_again_it_ends_with_the_same_bytes(tmp_path: Path, monk
     """kill -9 in the middle: the second run keeps the finished shards, and nobody can tell from the file."""
     monkeypatch.setattr(prepare, "SHARD_ROWS", 50)
     source = questions(tmp_path / "q.jsonl", 1000)
-    whole = prepare_rows(source, tmp_path / "whole.gz", on_error="skip", quiet=True)
+    whole = prepare_rows(source, tmp_path / "whole.gz")
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(tmp_path / "out.gz")])
     folder = tmp_path / ".out.gz.shards"
     deadline = time.monotonic() + 60
@@ -96,7 +102,7 @@ def test_killed_and_begun_again_it_ends_with_the_same_bytes(tmp_path: Path, monk
     made: list[int] = []
     real = Shards.add
     monkeypatch.setattr(Shards, "add", lambda self, *a: (made.append(len(self.notes)), real(self, *a))[1])
-    again = prepare_rows(source, tmp_path / "out.gz", on_error="skip", quiet=True)
+    again = prepare_rows(source, tmp_path / "out.gz")
     assert made[0] == len(finished)
     assert (tmp_path / "out.gz").read_bytes() == (tmp_path / "whole.gz").read_bytes()
     assert again == whole
@@ -126,3 +132,49 @@ def test_the_command_prepares_and_scores(tmp_path: Path) -> None:
     assert "row 1, field 'answers'" in str(run(app, ["score", "--input", str(path)]).exception)
     skipped = run(app, ["score", "--input", str(path), "--on-error", "skip", "--json"])
     assert json.loads(skipped.stdout) == {"exact_match": None, "f1": None, "n": 0}
+
+
+def test_beir_and_trec(tmp_path: Path) -> None:
+    """A BEIR folder's judged queries; a TREC run with topics, qrels and a corpus: scores decide, not the ranks."""
+    folder = tmp_path / "scifact"
+    (folder / "qrels").mkdir(parents=True)
+    texts = {"q1": "which river?", "q2": "no judgement", "3": "why?"}
+    queries = [{"_id": name, "text": text} for name, text in texts.items()]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td2\t1\nq1\td3\t0\n3\td1\t2\n")
+    passages = [{"_id": f"d{i}", "title": f"T{i}", "text": f"Text {i}."} for i in range(1, 6)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages))
+    output = tmp_path / "rows.jsonl"
+
+    def prepared(*arguments: str) -> list[dict]:
+        done = run(app, ["prepare", "--output", str(output), *arguments])
+        assert done.exit_code == 0, done.exception
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    rows = prepared("--input", str(folder))
+    assert [(row["id"], row["metadata"]["gold_ids"]) for row in rows] == [("q1", ["d2"]), ("3", ["d1"])]
+
+    (tmp_path / "topics.tsv").write_text("q1\twhich river?\n3\twhy?\n9\tnothing found\n")
+    (tmp_path / "run.trec").write_text("q1 Q0 d3 1 2.5 x\nq1 Q0 d2 2 7.5 x\nq1 Q0 d4 3 0.5 x\n3 Q0 d5 1 1 x\n")
+    (tmp_path / "qrels").write_text("q1 0 d2 1\nq1 0 d3 0\n")
+    files = ["--input", str(tmp_path / "topics.tsv"), "--format", "topics", "--run", str(tmp_path / "run.trec")]
+    files += ["--corpus", str(folder / "corpus.jsonl"), "--qrels", str(tmp_path / "qrels"), "--top-k", "2"]
+    rows = prepared(*files)
+    assert [[c["id"] for c in row["candidates"]] for row in rows] == [["d2", "d3"], ["d5"], []]
+    wanted = {"id": "d2", "title": "T2", "text": "Text 2.", "score": 7.5, "rank": 1, "is_gold": True}
+    assert rows[0]["candidates"][0] == wanted
+    assert rows[0]["candidates"][1]["is_gold"] is False
+
+    (tmp_path / "run.trec").write_text("q1 Q0 d9 1 2.5 x\n")
+    refused = run(app, ["prepare", "--output", str(tmp_path / "x"), *files])
+    assert "lacks 1 of 1 passages of the run, such as 'd9'" in str(refused.exception)
+    (tmp_path / "run.trec").write_text("q1 Q0 d9 1 high x\n")
+    assert "row 1, field 'score': no number: 'high'" in str(
+        run(app, ["prepare", "--output", str(tmp_path / "x"), *files]).exception
+    )
+    (folder / "queries.jsonl").unlink()
+    assert "not BEIR's" in str(
+        run(app, ["prepare", "--output", str(tmp_path / "x"), "--input", str(folder)]).exception
+    )
+    assert run(app, ["prepare", "--output", str(tmp_path / "x"), "--input", "y", "--run", "z"]).exit_code == 2
+    assert not list(tmp_path.glob("*x*"))  # what failed at once leaves nothing behind

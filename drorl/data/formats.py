@@ -9,109 +9,16 @@ Candidates keep the order of the file, unless it gives the gold passages away (D
 then they are shuffled, by their row's id. Sources of the formats: see each function.
 """
 
-import ast
 import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from drorl.errors import InvalidInputError
 
-from .files import records
-from .rows import RowError, problem_of
-
-Row = dict[str, Any]
-MAX_TEXT = 1_000_000
-"""Characters; a longer text is no passage."""
-
-
-class Problem(ValueError):
-    """What is wrong with a record.
-
-    Args:
-        field (`str`): where.
-        kind (`str`): what, in the same words for every record.
-        seen (`object`): what is there instead.
-    """
-
-    def __init__(self, field: str, kind: str, seen: object = None):
-        self.field, self.kind = field, kind
-        self.seen = "" if seen is None else f": {repr(seen)[:80]}"
-        super().__init__(f"{field}: {kind}{self.seen}")
-
-
-class LeftOut(Exception):
-    """A record that is whole, and not wanted."""
-
-
-# ---------------------------------------------------------------------------------------------------------- the pieces
-def text_of(record: Mapping[str, Any], name: str, default: str | None = None) -> str:
-    """Returns a text of a record."""
-    value = record.get(name, default)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)  # ids and years
-    if not isinstance(value, str):
-        raise Problem(name, "no text", value)
-    if len(value) > MAX_TEXT:
-        raise Problem(name, f"a text of more than {MAX_TEXT:,} characters", len(value))
-    return value
-
-
-def list_of(record: Mapping[str, Any], name: str, default: list | None = None) -> list:
-    """Returns a list of a record."""
-    value = record.get(name, default)
-    if not isinstance(value, list):
-        raise Problem(name, "no list", value)
-    return value
-
-
-def answers_of(values: object, name: str) -> list[str]:
-    """Returns gold answers, each once, in their order; one answer may stand by itself."""
-    values = [values] if isinstance(values, (str, int, float)) else values
-    if not isinstance(values, list):
-        raise Problem(name, "no list of answers", values)
-    answers = [text_of({name: value}, name) for value in values]
-    for answer in answers:
-        if _LIST.fullmatch(answer) and _literal(answer) is not None:
-            raise Problem(name, "an answer that is the text of a list", answer)
-    return list(dict.fromkeys(answer for answer in answers if answer.strip()))
-
-
-_LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
-
-
-def _literal(text: str) -> list | None:
-    """The list of texts that a Python literal stands for; nothing is evaluated."""
-    try:
-        value = ast.literal_eval(text) if len(text) < MAX_TEXT else None
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
-
-
-def candidate(title: str, text: str, **more: Any) -> Row:
-    """Returns a passage; what is `None` is left out."""
-    return {"title": title, "text": text, **{name: value for name, value in more.items() if value is not None}}
-
-
-def _score(record: Mapping[str, Any]) -> float | None:
-    value = record.get("score")
-    try:
-        return None if value is None else float(value)  # DPR writes them as texts
-    except (TypeError, ValueError):
-        raise Problem("score", "no number", value) from None
-
-
-def _objects(record: Mapping[str, Any], name: str) -> list[dict]:
-    items = list_of(record, name)
-    for item in items:
-        if not isinstance(item, dict):
-            raise Problem(name, "no list of records", item)
-    return items
+from .fields import LeftOut, Problem, Row, answers_of, candidate, list_of, literal_list, objects_of, score_of, text_of
 
 
 def shuffled(candidates: list[Row], row_id: str) -> list[Row]:
@@ -156,7 +63,7 @@ def drorl_row(record: Row) -> Row:
     own = ("id", "query", "answers", "candidates", "metadata")
     more = {name: value for name, value in record.items() if name not in own}
     candidates = []
-    for item in _objects(record, "candidates"):
+    for item in objects_of(record, "candidates"):
         candidates.append({**item, "title": text_of(item, "title", ""), "text": text_of(item, "text")})
     return {
         "id": record.get("id"),
@@ -183,13 +90,13 @@ def plain_row(record: Row) -> Row:
 
 def dpr_retriever_row(record: Row) -> Row:
     """What DPR's dense_retriever.py writes; https://github.com/facebookresearch/DPR."""
-    ctxs = _objects(record, "ctxs")
+    ctxs = objects_of(record, "ctxs")
     return {
         "id": record.get("id"),
         "query": text_of(record, "question"),
         "answers": answers_of(record.get("answers"), "answers"),
         "candidates": [
-            candidate(text_of(c, "title", ""), text_of(c, "text"), id=c.get("id"), score=_score(c)) for c in ctxs
+            candidate(text_of(c, "title", ""), text_of(c, "text"), id=c.get("id"), score=score_of(c)) for c in ctxs
         ],
     }
 
@@ -200,7 +107,7 @@ def dpr_row(record: Row) -> Row:
     query = text_of(record, "question")
     candidates: dict[Any, Row] = {}
     for name, is_gold in kinds.items():
-        for c in _objects(record, name) if name in record else []:
+        for c in objects_of(record, name) if name in record else []:
             title, text = text_of(c, "title", ""), text_of(c, "text")
             where = c.get("passage_id", c.get("psg_id"))
             candidates.setdefault(where or (title, text), candidate(title, text, id=where, is_gold=is_gold))
@@ -233,7 +140,7 @@ def musique_row(record: Row, keep_unanswerable: bool = False) -> Row:
         raise LeftOut("not answerable")
     passages = [
         candidate(text_of(p, "title", ""), text_of(p, "paragraph_text"), is_gold=bool(p.get("is_supporting")))
-        for p in _objects(record, "paragraphs")
+        for p in objects_of(record, "paragraphs")
     ]
     return {
         "id": record.get("id"),
@@ -246,7 +153,7 @@ def musique_row(record: Row, keep_unanswerable: bool = False) -> Row:
 
 def kilt_row(record: Row) -> Row:
     """KILT's tasks, Wizard of Wikipedia among them: the input is the dialogue, turns parted by newlines."""
-    outputs = _objects(record, "output")
+    outputs = objects_of(record, "output")
     pages = [p.get("title") for o in outputs for p in o.get("provenance") or [] if isinstance(p, dict)]
     return {
         "id": record.get("id"),
@@ -300,7 +207,7 @@ _ASKED = re.compile(r"(?:search query|query)(?: is)?: *(.+?)\.?$", re.IGNORECASE
 def rankzephyr_row(record: Row) -> Row:
     """RankZephyr's conversations: a teacher's ranking, for the selector's warm-up; no answers. Ranked as the teacher
     says; `metadata.shown` is the order in which they were shown (0 is the first)."""
-    said = {str(turn.get("from")): text_of(turn, "value") for turn in _objects(record, "conversations")}
+    said = {str(turn.get("from")): text_of(turn, "value") for turn in objects_of(record, "conversations")}
     if not {"human", "gpt"} <= said.keys():
         raise Problem("conversations", "no human's and no model's turn", sorted(said))
     asked = _ASKED.findall(said["human"])
@@ -323,11 +230,25 @@ def rankzephyr_row(record: Row) -> Row:
     }
 
 
+def beir_row(record: Row) -> Row:
+    """A query of a BEIR folder, with the ids of the passages that are judged relevant; no answers."""
+    gold = [str(passage) for passage in list_of(record, "gold_ids")]
+    query = text_of(record, "text")
+    return {"id": record["_id"], "query": query, "answers": [], "candidates": [], "metadata": {"gold_ids": gold}}
+
+
+def topic_row(cells: list[str]) -> Row:
+    """A topic of TREC in two columns, its number and its text; no answers."""
+    if len(cells) != 2:
+        raise Problem("", "not two columns, a number and a question", cells)
+    return {"id": cells[0], "query": cells[1], "answers": [], "candidates": []}
+
+
 def table_row(cells: list[str]) -> Row:
     """A question and its answers as a Python list, in two columns: DPR's qas/*.csv, Anserini's topics."""
     if len(cells) != 2:
         raise Problem("", "not two columns, a question and its answers", cells)
-    answers = _literal(cells[1])
+    answers = literal_list(cells[1])
     if answers is None:
         raise Problem("answers", "no list of texts", cells[1])
     return {"id": None, "query": cells[0], "answers": answers_of(answers, "answers"), "candidates": []}
@@ -358,7 +279,7 @@ def psgs_passage(cells: list[str]) -> Row:
     return {"id": cells[0], "title": cells[2], "text": cells[1]}
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------------- the tables
 @dataclass(frozen=True)
 class Format:
     """A format: the fields by which it is known, and what makes a row of a record."""
@@ -392,7 +313,9 @@ ROWS: dict[str, Format] = {  # the first that fits is taken: what has more field
     "query": _format("query answers", plain_row),
     "bare-question": _format("question", plain_row, has_answers=False),  # to be retrieved for, or answered
     "bare-query": _format("query", plain_row, has_answers=False),
+    "beir": _format("_id text gold_ids", beir_row, has_answers=False),
     "qa-table": Format(frozenset(), table_row),
+    "topics": Format(frozenset(), topic_row, has_answers=False),  # to be named: it looks like any table
 }
 PASSAGES: dict[str, Format] = {
     "flashrag-corpus": _format("contents", flashrag_passage),
@@ -413,102 +336,3 @@ def format_of(record: object, formats: Mapping[str, Format], path: Path) -> str:
     seen = sorted(record) if isinstance(record, dict) else repr(record)[:80]
     known = "; ".join(f"{name} ({' '.join(sorted(f.fields)) or 'a table'})" for name, f in formats.items())
     raise InvalidInputError(f"{path}: a record with {seen} is of no format that is known. They are: {known}")
-
-
-@dataclass
-class Reading:
-    """Rows or passages of a file, one by one as they are asked for, and a count of what was not one.
-
-    Args:
-        path (`Path`): the file.
-        formats (`Mapping`): `ROWS` or `PASSAGES`.
-        format (`str`): a name among them; `auto` takes the first that the first record fits.
-        on_error (`str`): `fail` raises at the first record that is not whole, `skip` leaves it out and counts it.
-        options (`dict`): what else the format's function takes: `aliases` of 2wiki, `keep_unanswerable` of musique.
-        start (`int`): so many records are passed over, and not looked at.
-        skipped (`Counter`): how many records were left out, and why.
-        number (`int`): of the last record that was read, from 1.
-
-    Raises:
-        RowError: a record is not whole and `on_error` is `fail`.
-        InvalidInputError: the file cannot be read, or is of no known format.
-    """
-
-    path: Path
-    formats: Mapping[str, Format] = field(default_factory=lambda: ROWS)
-    format: str = "auto"
-    on_error: Literal["fail", "skip"] = "fail"
-    options: dict[str, Any] = field(default_factory=dict)
-    start: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    number: int = 0
-
-    def __post_init__(self) -> None:
-        if self.format != "auto" and self.format not in self.formats:
-            raise InvalidInputError(f"no format {self.format!r}; there are auto, {', '.join(self.formats)}")
-        if self.on_error not in ("fail", "skip"):
-            raise InvalidInputError(f"on_error={self.on_error!r}: use 'fail' or 'skip'")
-
-    def __iter__(self) -> Iterator[Row]:
-        read = None
-        for number, record in records(self.path):
-            if read is None and not isinstance(record, RowError):
-                read = self._reader(record)
-            if number <= self.start:
-                continue
-            self.number = number
-            if read is not None and not isinstance(record, RowError):
-                try:
-                    row = read(record)
-                except LeftOut as reason:
-                    if str(reason) != "header":
-                        self.skipped[str(reason)] += 1
-                    continue
-                except Problem as problem:
-                    record = RowError(number, problem.field, problem.kind + problem.seen, problem.kind)
-                else:
-                    row["id"] = str(number) if row["id"] is None else str(row["id"])
-                    record = self._checked(row, number)
-            if isinstance(record, RowError):
-                if self.on_error == "fail":
-                    raise record
-                self.skipped[record.kind] += 1
-                continue
-            yield record
-
-    def _reader(self, record: object) -> Callable[[Any], Row]:
-        if self.format == "auto":
-            self.format = format_of(record, self.formats, self.path)
-        table = not self.formats[self.format].fields
-        read = partial(self.formats[self.format].read, **self.options)
-
-        def checked(record: object) -> Row:
-            if not isinstance(record, list if table else dict):
-                raise Problem("", f"no record of the format {self.format}", record)
-            return read(record)
-
-        return checked
-
-    def _checked(self, row: Row, number: int) -> Row | RowError:
-        """Completes a row or a passage, and looks at it as the trainer will."""
-        if self.formats is PASSAGES:
-            return row if row["text"].strip() else RowError(number, "text", "empty text", "empty text")
-        row.setdefault("metadata", {})
-        for rank, item in enumerate(row["candidates"], start=1):
-            item["rank"] = rank
-            item["id"] = str(item.get("id") or f"{row['id']}/{rank}")
-        has_answers = self.formats[self.format].has_answers
-        problem = problem_of(row if has_answers else {**row, "answers": ["-"]}, 0, False)
-        return row if problem is None else RowError(number, problem[0], problem[1] + problem[2], problem[1])
-
-
-def read_aliases(path: Path) -> dict[str, list[str]]:
-    """Returns the aliases of 2Wiki's id_aliases.json, by the id of the answer."""
-    found: dict[str, list[str]] = {}
-    for number, record in records(path):
-        if isinstance(record, RowError):
-            raise record
-        if not isinstance(record, dict) or "Q_id" not in record:
-            raise RowError(number, "Q_id", "no id of an answer")
-        found[str(record["Q_id"])] = [*record.get("aliases", []), *record.get("demonyms", [])]
-    return found

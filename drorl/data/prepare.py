@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from .formats import Reading, Row, read_aliases
+from .fields import Row
+from .reading import Reading
 from .shards import Shards
 
 SHARD_ROWS = 2_000
@@ -45,28 +46,6 @@ class Prepared:
         return "\n".join(parts)
 
 
-def prepare_rows(
-    source: Path,
-    output: Path,
-    format: str = "auto",
-    on_error: str = "fail",
-    aliases: Path | None = None,
-    keep_unanswerable: bool = False,
-    quiet: bool = False,
-) -> Prepared:
-    """Writes the rows of a file as JSON lines; see [`formats.Reading`] for what may be in it, and [`write_rows`].
-
-    Raises:
-        RowError: a record is broken and `on_error` is `fail`.
-        InvalidInputError: a file cannot be read or written, or is of no known format.
-    """
-    options: dict[str, Any] = {"keep_unanswerable": True} if keep_unanswerable else {}
-    if aliases is not None:
-        options["aliases"] = read_aliases(aliases)
-    reading = Reading(source, format=format, on_error=on_error, options=options)  # ty: ignore[invalid-argument-type]
-    return write_rows(reading, output, quiet=quiet)
-
-
 def write_rows(
     reading: Reading,
     output: Path,
@@ -85,23 +64,20 @@ def write_rows(
         depends (`Sequence`): what `change` depends on, as JSON.
         quiet (`bool`): no progress on stderr.
     """
-    source = reading.path
-    known = source.stat() if source.exists() else None
-    of_source = [str(source.resolve()), known and (known.st_size, known.st_mtime_ns), reading.format, reading.on_error]
-    key = json.dumps([*of_source, reading.options, *depends, VERSION])
-    shards = Shards(output, hashlib.sha256(key.encode()).hexdigest())
-    if shards.notes:
-        reading.start = shards.notes[-1]["record"]
-    rows = iter(reading)
-    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
-        task = progress.add_task(source.name, total=None)
-        while block := list(islice(rows, SHARD_ROWS)):
-            block = change(block) if change else block
-            shards.add((json.dumps(row, ensure_ascii=False) for row in block), _note(block, reading))
-            progress.update(task, description=f"{source.name}: {sum(n['rows'] for n in shards.notes):,} rows")
-    if reading.skipped:  # behind the last row
-        shards.add([], _note([], reading))
-    shards.finish()
+    name, key = reading.path.name, json.dumps([reading.depends, *depends, VERSION])
+    with Shards(output, hashlib.sha256(key.encode()).hexdigest()) as shards:
+        if shards.notes:
+            reading.start = shards.notes[-1]["record"]
+        rows = iter(reading)
+        with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+            task = progress.add_task(name, total=None)
+            while block := list(islice(rows, SHARD_ROWS)):
+                block = change(block) if change else block
+                shards.add((json.dumps(row, ensure_ascii=False) for row in block), _note(block, reading))
+                progress.update(task, description=f"{name}: {sum(n['rows'] for n in shards.notes):,} rows")
+        if reading.skipped:  # behind the last row
+            shards.add([], _note([], reading))
+        shards.finish()
     counted = ("rows", "without_candidates", "passages", "with_gold")
     totals = {name: sum(note[name] for note in shards.notes) for name in counted}
     skipped = sum((Counter(note["skipped"]) for note in shards.notes), Counter())

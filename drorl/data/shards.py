@@ -54,6 +54,14 @@ class Shards:
         aside.replace(self._path("json"))  # the last step: a shard counts once this exists
         self.notes.append(note)
 
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves nothing behind where nothing was made."""
+        if not self.notes:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def finish(self) -> None:
         """Joins the shards into the file, which replaces an earlier one, and removes them."""
         aside = self.folder / "whole"

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from drorl.data.files import MAX_RECORD_BYTES, records
-from drorl.data.formats import PASSAGES, Reading
+from drorl.data.formats import PASSAGES
+from drorl.data.reading import Reading
 from drorl.data.rows import RowError
 from drorl.data.shards import Shards
 from drorl.errors import InvalidInputError
@@ -52,20 +53,18 @@ class Corpus:
         """
         folder.mkdir(parents=True, exist_ok=True)
         reading = Reading(source, PASSAGES, format, on_error)  # ty: ignore[invalid-argument-type]
-        known = source.stat() if source.is_file() else None
-        depends = [str(source.resolve()), known and (known.st_size, known.st_mtime_ns), format, on_error, VERSION]
-        kept = json.dumps(depends)
+        kept = json.dumps([reading.depends, VERSION])
         facts = folder / _FACTS
         if facts.exists() and json.loads(facts.read_text())["of"] == kept:
             return cls(folder)
         facts.unlink(missing_ok=True)
-        shards = Shards(folder / _FILE, kept)
-        if shards.notes:
-            reading.start = shards.notes[-1]["record"]
-        passages = iter(reading)
-        while block := list(islice(passages, SHARD_PASSAGES)):
-            shards.add((json.dumps(passage, ensure_ascii=False) for passage in block), {"record": reading.number})
-        shards.finish()
+        with Shards(folder / _FILE, kept) as shards:
+            if shards.notes:
+                reading.start = shards.notes[-1]["record"]
+            passages = iter(reading)
+            while block := list(islice(passages, SHARD_PASSAGES)):
+                shards.add((json.dumps(passage, ensure_ascii=False) for passage in block), {"record": reading.number})
+            shards.finish()
         offsets, key = _line_ends(folder / _FILE)
         if len(offsets) == 1:
             raise InvalidInputError(f"{source} has no passages")

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from drorl.data.formats import Reading, Row
+from drorl.data.fields import Row
 from drorl.data.packages import cache_dir
 from drorl.data.prepare import Prepared, write_rows
+from drorl.data.reading import Reading
 from drorl.errors import InvalidInputError
 
 from .corpus import Corpus

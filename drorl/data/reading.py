@@ -1,0 +1,129 @@
+"""Files in any format, read as rows or passages one by one."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from drorl.errors import InvalidInputError
+
+from .fields import LeftOut, Problem, Row
+from .files import Record, records
+from .formats import PASSAGES, ROWS, Format, format_of
+from .rows import RowError, problem_of
+from .trec import beir_records
+
+
+@dataclass
+class Reading:
+    """Rows or passages of a file, one by one as they are asked for, and a count of what was not one.
+
+    Args:
+        path (`Path`): the file.
+        formats (`Mapping`): `ROWS` or `PASSAGES`.
+        format (`str`): a name among them; `auto` takes the first that the first record fits.
+        on_error (`str`): `fail` raises at the first record that is not whole, `skip` leaves it out and counts it.
+        options (`dict`): what else the format's function takes: `aliases` of 2wiki, `keep_unanswerable` of musique.
+        split (`str`): of a BEIR folder.
+        start (`int`): so many records are passed over, and not looked at.
+        skipped (`Counter`): how many records were left out, and why.
+        number (`int`): of the last record that was read, from 1.
+
+    Raises:
+        RowError: a record is not whole and `on_error` is `fail`.
+        InvalidInputError: the file cannot be read, or is of no known format.
+    """
+
+    path: Path
+    formats: Mapping[str, Format] = field(default_factory=lambda: ROWS)
+    format: str = "auto"
+    on_error: Literal["fail", "skip"] = "fail"
+    options: dict[str, Any] = field(default_factory=dict)
+    split: str = "test"
+    start: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        if self.format != "auto" and self.format not in self.formats:
+            raise InvalidInputError(f"no format {self.format!r}; there are auto, {', '.join(self.formats)}")
+        if self.on_error not in ("fail", "skip"):
+            raise InvalidInputError(f"on_error={self.on_error!r}: use 'fail' or 'skip'")
+
+    def __iter__(self) -> Iterator[Row]:
+        read = None
+        for number, record in self._records():
+            if read is None and not isinstance(record, RowError):
+                read = self._reader(record)
+            if number <= self.start:
+                continue
+            self.number = number
+            if read is not None and not isinstance(record, RowError):
+                try:
+                    row = read(record)
+                except LeftOut as reason:
+                    if str(reason) != "header":
+                        self.skipped[str(reason)] += 1
+                    continue
+                except Problem as problem:
+                    record = RowError(number, problem.field, problem.kind + problem.seen, problem.kind)
+                else:
+                    row["id"] = str(number) if row["id"] is None else str(row["id"])
+                    record = self._checked(row, number)
+            if isinstance(record, RowError):
+                if self.on_error == "fail":
+                    raise record
+                self.skipped[record.kind] += 1
+                continue
+            yield record
+
+    def _records(self) -> Iterator[Record]:
+        is_beir = self.path.is_dir() and self.formats is ROWS
+        return beir_records(self.path, self.split) if is_beir else records(self.path)
+
+    @property
+    def depends(self) -> list[Any]:
+        """What the rows depend on, as JSON: files by their paths, sizes and times."""
+        path = self.path.resolve()
+        files = [path / "queries.jsonl", path / "qrels" / f"{self.split}.tsv"] if path.is_dir() else [path]
+        stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+        return [stats, self.format, self.on_error, self.options, self.split]
+
+    def _reader(self, record: object) -> Callable[[Any], Row]:
+        if self.format == "auto":
+            self.format = format_of(record, self.formats, self.path)
+        table = not self.formats[self.format].fields
+        read = partial(self.formats[self.format].read, **self.options)
+
+        def checked(record: object) -> Row:
+            if not isinstance(record, list if table else dict):
+                raise Problem("", f"no record of the format {self.format}", record)
+            return read(record)
+
+        return checked
+
+    def _checked(self, row: Row, number: int) -> Row | RowError:
+        """Completes a row or a passage, and looks at it as the trainer will."""
+        if self.formats is PASSAGES:
+            return row if row["text"].strip() else RowError(number, "text", "empty text", "empty text")
+        row.setdefault("metadata", {})
+        for rank, item in enumerate(row["candidates"], start=1):
+            item["rank"] = rank
+            item["id"] = str(item.get("id") or f"{row['id']}/{rank}")
+        has_answers = self.formats[self.format].has_answers
+        problem = problem_of(row if has_answers else {**row, "answers": ["-"]}, 0, False)
+        return row if problem is None else RowError(number, problem[0], problem[1] + problem[2], problem[1])
+
+
+def read_aliases(path: Path) -> dict[str, list[str]]:
+    """Returns the aliases of 2Wiki's id_aliases.json, by the id of the answer."""
+    found: dict[str, list[str]] = {}
+    for number, record in records(path):
+        if isinstance(record, RowError):
+            raise record
+        if not isinstance(record, dict) or "Q_id" not in record:
+            raise RowError(number, "Q_id", "no id of an answer")
+        found[str(record["Q_id"])] = [*record.get("aliases", []), *record.get("demonyms", [])]
+    return found
