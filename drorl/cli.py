@@ -149,8 +149,8 @@ def index(
     from .retrieval.bm25 import BM25, BM25Settings
     from .retrieval.corpus import Corpus
 
-    made = Corpus.build(corpus, output, format, on_error.value)
     settings = BM25Settings(k1, b, None if stemmer == "none" else stemmer)
+    made = Corpus.build(corpus, output, format, on_error.value)
     BM25.build(made, output / retriever.value, settings)
     typer.echo(f"{len(made):,} passages in {output}", err=True)
 
@@ -222,5 +222,5 @@ def main() -> None:
     """Entry point of the `drorl` command: a user's mistake is answered by one line."""
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:  # such as a full disk
         sys.exit(f"drorl: {error}")

@@ -230,6 +230,38 @@ def test_rankzephyrs_conversations(tmp_path: Path) -> None:
         only(tmp_path, record)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "question": "q",
+            "golden_answers": ["x"],
+            "metadata": {"context": {"title": ["a", "b"], "sentences": [["x"]]}},
+        },
+        {"question": "q", "golden_answers": ["x"], "metadata": {"context": {"title": ["a"], "sentences": 5}}},
+        {**HOTPOT, "supporting_facts": 5},
+        {"input": "q", "output": [{"answer": "x", "provenance": 5}]},
+        {"question": "q", "answers": ["x"], "positive_ctxs": [{"title": "", "text": "x", "passage_id": [1]}]},
+        {"question": "q", "answers": ["x"], "ctxs": [{**CTX, "score": 10**400}]},
+        {"question": "q", "answers": ["x"], "ctxs": [{**CTX, "score": "nan"}]},
+        {"question": "q", "answer": "[{[1]}]", "retrieval": ["Title: " + " " * 5000 + "x"]},
+        {"query": "q", "answers": ["x"], "candidates": [], "metadata": "x"},
+    ],
+)
+def test_a_record_that_is_wrong_inside_is_refused(tmp_path: Path, record: dict) -> None:
+    """Whatever is in the place of what was meant: one message, at once."""
+    with pytest.raises(RowError, match="row 1"):
+        only(tmp_path, record)
+
+
+def test_an_id_of_zero_is_one(tmp_path: Path) -> None:
+    """Ids are counted from 0 in many files."""
+    row = only(
+        tmp_path, {"query": "q", "answers": ["x"], "candidates": [{"id": 0, "title": "", "text": "x"}], "id": 0}
+    )
+    assert (row["id"], row["candidates"][0]["id"]) == ("0", "0")
+
+
 def test_corpora(tmp_path: Path) -> None:
     """DPR's table with its header and doubled quotes, FlashRAG's contents, BEIR's ids."""
     table = tmp_path / "psgs_w100.tsv"
@@ -289,6 +321,7 @@ BROKEN = {
     "a list as a text": (b'{"question": "who?", "answer": "[\'Bo\', \'Al\']"}', "text of a list"),
     "no question": (b'{"question": null, "answer": "Bo"}', "no text"),
     "a long text": (b'{"question": "' + b"x" * 1_000_001 + b'", "answer": "Bo"}', "1,000,000 characters"),
+    "half a character": (b'{"question": "who \\ud83d?", "answer": "Bo"}', "half of a character"),
     "another record": (b'{"id": 3}', "no record|no text"),
     "no record": (b"17", "no record"),
 }
@@ -315,7 +348,8 @@ def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
     damaged = gzip.compress(b'{"question": "who?", "answer": "Bo"}\n' * 1000)[:-20]
     cases = {
         "cut.jsonl.gz": (damaged, "damaged or cut off"),
-        "cut.jsonl.zst": (zstandard.compress(random.Random(0).randbytes(10_000))[:-500] + b"x" * 500, "."),
+        "cut.jsonl.zst": (zstandard.compress(random.Random(0).randbytes(10_000).hex().encode())[:-500], "cut off"),
+        "lines.zst": (zstandard.compress(b'{"question": "who?", "answer": "Bo"}\n' * 5000)[:-4], "cut off"),
         "array.json": (b'[{"question": "who?", "answer": "Bo"}, {"question', "no JSON after record 1"),
         "unknown.jsonl": (b'{"prompt": "who?", "gold": "Bo"}', r"\['gold', 'prompt'\] is of no format"),
         "three.tsv": (b"a\tb\tc\n", "not two columns"),

@@ -1,6 +1,7 @@
 """The fields of a record: each as what it has to be, or the `Problem` that says what it is instead."""
 
 import ast
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +37,8 @@ def text_of(record: Mapping[str, Any], name: str, default: str | None = None) ->
         value = str(value)  # ids and years
     if not isinstance(value, str):
         raise Problem(name, "no text", value)
+    if any("\ud800" <= character <= "\udfff" for character in value if character > "\ud7ff"):
+        raise Problem(name, "half of a character (a surrogate), cut off in the middle", value)
     if len(value) > MAX_TEXT:
         raise Problem(name, f"a text of more than {MAX_TEXT:,} characters", len(value))
     return value
@@ -68,7 +71,7 @@ def literal_list(text: str) -> list | None:
     """The list of texts that a Python literal stands for; nothing is evaluated."""
     try:
         value = ast.literal_eval(text) if len(text) < MAX_TEXT else None
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
 
@@ -81,9 +84,12 @@ def candidate(title: str, text: str, **more: Any) -> Row:
 def score_of(record: Mapping[str, Any]) -> float | None:
     value = record.get("score")
     try:
-        return None if value is None else float(value)  # DPR writes them as texts
-    except (TypeError, ValueError):
-        raise Problem("score", "no number", value) from None
+        score = None if value is None else float(value)  # DPR writes them as texts
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    if score is not None and not math.isfinite(score):
+        raise Problem("score", "no number", value)
+    return score
 
 
 def objects_of(record: Mapping[str, Any], name: str) -> list[dict]:

@@ -42,6 +42,18 @@ class _Expanding(io.RawIOBase):
     def __init__(self, stream: Any, compressed: BinaryIO, path: Path):
         self._stream, self._compressed, self._path, self._count = stream, compressed, path, 0
 
+    def _is_cut_off(self) -> bool:
+        """zstandard's reader ends quietly in the middle of a frame; its parser of frames does not."""
+        self._compressed.seek(0)
+        last = zstandard.ZstdDecompressor().decompressobj()
+        while block := self._compressed.read(_BUFFER_BYTES):
+            while block:
+                if last.eof:
+                    last = zstandard.ZstdDecompressor().decompressobj()
+                last.decompress(block)
+                block = last.unused_data
+        return not last.eof
+
     def readable(self) -> bool:
         return True
 
@@ -50,6 +62,8 @@ class _Expanding(io.RawIOBase):
             data = self._stream.read(len(buffer))
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise InvalidInputError(f"{self._path} is damaged or cut off: {error}") from error
+        if not data and isinstance(self._stream, zstandard.ZstdDecompressionReader) and self._is_cut_off():
+            raise InvalidInputError(f"{self._path} is damaged or cut off: its last frame has no end")
         self._count += len(data)
         if self._count > _FREE_BYTES + MAX_EXPANSION * self._compressed.tell():
             raise InvalidInputError(
@@ -68,6 +82,8 @@ def open_stream(path: Path) -> io.BufferedReader:
     """
     if path.is_dir():
         raise InvalidInputError(f"{path} is a folder, and a file is needed")
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"{path} is no regular file: it is read more than once, so save it first")
     try:
         raw = path.open("rb")
     except OSError as error:

@@ -38,7 +38,10 @@ def _paragraphs(context: object, supporting: object) -> list[Row]:
     """HotpotQA's context: pairs (its own files), or a record of lists (hub, FlashRAG; 2Wiki says `content`)."""
     if isinstance(context, dict):
         sentences = context.get("sentences", context.get("content"))
-        pairs = list(zip(list_of(context, "title"), sentences or [], strict=False))
+        titles = list_of(context, "title")
+        if not isinstance(sentences, list) or len(titles) != len(sentences):
+            raise Problem("context", "not as many paragraphs as titles", len(titles))
+        pairs = list(zip(titles, sentences, strict=True))
     elif isinstance(context, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in context):
         pairs = context
     else:
@@ -179,16 +182,19 @@ def flashrag_row(record: Row) -> Row:
     }
 
 
-_DRO_PASSAGE = re.compile(r'Title:\s*"?(?P<title>.*?)"?\.?\s+(?:Content|Text):\s*(?P<text>.*)', re.DOTALL)
+_DRO_TEXT = re.compile(r"\s(?:Content|Text):")
 
 
 def dro_row(record: Row) -> Row:
     """The data of DRO's authors: passages are texts, `Title: X. Content: ...` or `Title: "X" Text: ...`."""
 
     def passage(text: object) -> tuple[str, str]:
-        if not isinstance(text, str) or (found := _DRO_PASSAGE.fullmatch(text.strip())) is None:
+        title, *rest = _DRO_TEXT.split(text.strip(), maxsplit=1) if isinstance(text, str) else [""]
+        if not title.startswith("Title:") or not rest:
             raise Problem("retrieval", "no text 'Title: ... Content: ...'", text)
-        return found["title"].strip(), found["text"].strip()
+        title = title.removeprefix("Title:").strip()
+        quoted = title.startswith('"') and title.endswith('"') and len(title) > 1
+        return (title[1:-1] if quoted else title.removesuffix(".")), rest[0].strip()
 
     gold = set(map(passage, list_of(record, "positive", [])))
     found = dict.fromkeys(map(passage, list_of(record, "retrieval")))

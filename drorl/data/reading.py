@@ -100,7 +100,10 @@ class Reading:
         def checked(record: object) -> Row:
             if not isinstance(record, list if table else dict):
                 raise Problem("", f"no record of the format {self.format}", record)
-            return read(record)
+            try:
+                return read(record)
+            except (TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:  # something in it is
+                raise Problem("", f"no record of the format {self.format}: {error}", record) from error
 
         return checked
 
@@ -111,7 +114,7 @@ class Reading:
         row.setdefault("metadata", {})
         for rank, item in enumerate(row["candidates"], start=1):
             item["rank"] = rank
-            item["id"] = str(item.get("id") or f"{row['id']}/{rank}")
+            item["id"] = str(item["id"] if item.get("id") is not None else f"{row['id']}/{rank}")
         has_answers = self.formats[self.format].has_answers
         problem = problem_of(row if has_answers else {**row, "answers": ["-"]}, 0, False)
         return row if problem is None else RowError(number, problem[0], problem[1] + problem[2], problem[1])

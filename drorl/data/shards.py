@@ -35,9 +35,11 @@ class Shards:
             raise InvalidInputError(f"{output} cannot be written: it is a folder, or lies in none")
         kept = self.folder / "key"
         if not kept.exists() or kept.read_text() != key:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._discard()
             self.folder.mkdir()
-            kept.write_text(key)
+            aside = self.folder / "partial"
+            aside.write_text(key)
+            aside.replace(kept)
         self.notes: list[Any] = []
         """What was said of each finished shard."""
         while (note := self._path("json")).exists():
@@ -45,6 +47,11 @@ class Shards:
 
     def _path(self, suffix: str) -> Path:
         return self.folder / f"{len(self.notes):06d}.{suffix}"
+
+    def _discard(self) -> None:
+        """Removes the folder; its key first, so that what is left of it when killed is of no use to anybody."""
+        (self.folder / "key").unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, lines: Iterable[str], note: Any) -> None:
         """Keeps a shard of lines, each without its end, and what is to be known of it; whole or not at all."""
@@ -60,7 +67,7 @@ class Shards:
     def __exit__(self, *_: object) -> None:
         """Leaves nothing behind where nothing was made."""
         if not self.notes:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._discard()
 
     def finish(self) -> None:
         """Joins the shards into the file, which replaces an earlier one, and removes them."""
@@ -73,7 +80,7 @@ class Shards:
             raw.flush()
             os.fsync(raw.fileno())
         aside.replace(self.output)
-        shutil.rmtree(self.folder)
+        self._discard()
 
 
 def _packed(raw: Any, suffix: str) -> Any:

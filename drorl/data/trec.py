@@ -4,6 +4,7 @@ run      query-id Q0 passage-id rank score tag      parted by white space
 qrels    query-id 0 passage-id relevance            or BEIR's three columns, with a header
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +31,12 @@ def _columns(path: Path, widths: tuple[int, ...]) -> Iterator[tuple[int, list[st
 
 def _number(text: str, number: int, field: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise RowError(number, field, f"no number: {text[:80]!r}") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise RowError(number, field, f"no number: {text[:80]!r}")
+    return value
 
 
 def read_qrels(path: Path) -> dict[str, list[str]]:

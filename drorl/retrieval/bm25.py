@@ -21,7 +21,7 @@ from typing import Any
 import bm25s
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
-from Stemmer import Stemmer
+from Stemmer import Stemmer, algorithms
 
 from drorl.errors import InvalidInputError
 
@@ -47,6 +47,12 @@ class BM25Settings:
     b: float = 0.4
     stemmer: str | None = "english"
     stop_words: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.k1 >= 0 and 0 <= self.b <= 1):
+            raise InvalidInputError(f"k1={self.k1} is not to be negative, and b={self.b} lies between 0 and 1")
+        if self.stemmer is not None and self.stemmer not in algorithms():
+            raise InvalidInputError(f"no stemmer {self.stemmer!r}; there are {', '.join(algorithms())}")
 
 
 @cache
@@ -82,8 +88,8 @@ class BM25:
             facts = json.loads((folder / _FACTS).read_text())
         except (OSError, ValueError) as error:
             raise InvalidInputError(f"{folder} holds no BM25 index: make one with drorl index") from error
-        if facts["corpus"] != corpus.key:
-            raise InvalidInputError(f"{folder} is an index of another corpus: make it again with drorl index")
+        if facts["corpus"] != corpus.key or facts["version"] != VERSION:
+            raise InvalidInputError(f"{folder} is an index of another corpus or version: make it again")
         self.settings = BM25Settings(**facts["settings"])
         self.key = f"bm25 {json.dumps(facts, sort_keys=True)}"
         self._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
@@ -102,14 +108,17 @@ class BM25:
             kept.unlink(missing_ok=True)
             parts = folder / "shards"
             if not _is_json(parts / _FACTS, facts):
+                (parts / _FACTS).unlink(missing_ok=True)
                 shutil.rmtree(parts, ignore_errors=True)
                 parts.mkdir()
-                (parts / _FACTS).write_text(json.dumps(facts))
+                (parts / "partial").write_text(json.dumps(facts))
+                (parts / "partial").replace(parts / _FACTS)
             _count(corpus, parts, settings)
             _join(corpus, parts, folder, settings)
             aside = folder / "partial"
             aside.write_text(json.dumps(facts))
             aside.replace(kept)
+            (parts / _FACTS).unlink()  # first: what is left of the shards when killed is of no use to anybody
             shutil.rmtree(parts)
         return cls(corpus, folder)
 

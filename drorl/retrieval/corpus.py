@@ -69,12 +69,11 @@ class Corpus:
         if len(offsets) == 1:
             raise InvalidInputError(f"{source} has no passages")
         np.save(folder / _OFFSETS, offsets)
+        _refuse_equal_ids(folder / _FILE, len(offsets) - 1)
         aside = facts.with_suffix(".partial")
         aside.write_text(json.dumps({"of": kept, "key": key, "passages": len(offsets) - 1}))
         aside.replace(facts)
-        corpus = cls(folder)
-        corpus.refuse_equal_ids()
-        return corpus
+        return cls(folder)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -94,22 +93,22 @@ class Corpus:
         for first in range(start, len(self), size):
             yield [self[position] for position in range(first, min(first + size, len(self)))]
 
-    def refuse_equal_ids(self) -> None:
-        """Compares the ids of all passages, by 8 bytes of a hash of each.
 
-        Raises:
-            RowError: if an id occurs twice.
-        """
-        hashes = np.empty(len(self), dtype=np.uint64)
-        for position, (_, passage) in enumerate(records(self.folder / _FILE)):
-            digest = hashlib.blake2b(passage["id"].encode(), digest_size=8).digest()
-            hashes[position] = int.from_bytes(digest, "little")
-        order = np.argsort(hashes, kind="stable")
-        equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-        if len(equal):
-            first, second = order[equal[0]], order[equal[0] + 1]
-            (self.folder / _FACTS).unlink()
-            raise RowError(int(second) + 1, "id", f"{self[int(first)]['id']!r} is the id of row {first + 1} too")
+def _refuse_equal_ids(path: Path, count: int) -> None:
+    """Compares the ids of all passages, by 8 bytes of a hash of each.
+
+    Raises:
+        RowError: if an id occurs twice, with the numbers of the passages (a header is none).
+    """
+    hashes = np.empty(count, dtype=np.uint64)
+    for position, (_, passage) in enumerate(records(path)):
+        digest = hashlib.blake2b(passage["id"].encode(), digest_size=8).digest()
+        hashes[position] = int.from_bytes(digest, "little")
+    order = np.argsort(hashes, kind="stable")
+    equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    if len(equal):
+        first, second = int(order[equal[0]]) + 1, int(order[equal[0] + 1]) + 1
+        raise RowError(second, "id", f"equal to that of passage {first}", "equal ids")
 
 
 def _line_ends(path: Path) -> tuple[np.ndarray, str]:

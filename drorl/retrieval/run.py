@@ -66,4 +66,5 @@ def _marked(candidates: list[dict[str, Any]], metadata: dict[str, Any]) -> list[
     ids, titles = metadata.get("gold_ids"), metadata.get("gold_titles")
     if ids is None and titles is None:
         return candidates
-    return [{**c, "is_gold": c["id"] in (ids or ()) or c["title"] in (titles or ())} for c in candidates]
+    names = [{str(name) for name in named} if isinstance(named, list) else set() for named in (ids, titles)]
+    return [{**c, "is_gold": c["id"] in names[0] or c["title"] in names[1]} for c in candidates]
