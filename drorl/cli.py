@@ -224,3 +224,7 @@ def main() -> None:
         app()
     except (UserError, OSError) as error:  # such as a full disk
         sys.exit(f"drorl: {error}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("bm25s", "Stemmer"):
+            raise
+        sys.exit(f"drorl: {error.name} is not installed: pip install 'drorl[retrieval]'")

@@ -34,6 +34,14 @@ def test_report_of_no_run(tmp_path, monkeypatch):
     assert re.match(r"drorl: .*summary\.json is missing", message_of(monkeypatch, "report", str(tmp_path)))
 
 
+def test_an_extra_that_is_missing_is_named(monkeypatch, tmp_path):
+    """Without bm25s, the command says what to install; any other missing module is a bug and stays one."""
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    monkeypatch.delitem(sys.modules, "drorl.retrieval.bm25", raising=False)
+    said = message_of(monkeypatch, "index", "--corpus", str(tmp_path), "--output", str(tmp_path / "o"))
+    assert said == "drorl: bm25s is not installed: pip install 'drorl[retrieval]'"
+
+
 @pytest.mark.parametrize("error", [DownloadError, ChecksumError])
 def test_setup_without_registry(error, monkeypatch):
     """When the registry cannot be reached, or gives something else, `drorl setup` says what to do."""

@@ -309,6 +309,9 @@ def test_an_object_of_lists_is_read_entry_by_entry(tmp_path: Path) -> None:
     for indent in (None, 1):
         (tmp_path / "cache.json").write_text(json.dumps(cache, indent=indent))
         assert [r for _, r in records(tmp_path / "cache.json")] == [{"key": k, "value": v} for k, v in cache.items()]
+        rows = read(tmp_path / "cache.json")
+        assert [row["query"] for row in rows] == list(cache)
+        assert rows[2]["candidates"] == [{"title": "T", "text": "x", "id": "2", "score": 0.5, "rank": 1}]
 
 
 BROKEN = {

@@ -37,8 +37,6 @@ def text_of(record: Mapping[str, Any], name: str, default: str | None = None) ->
         value = str(value)  # ids and years
     if not isinstance(value, str):
         raise Problem(name, "no text", value)
-    if any("\ud800" <= character <= "\udfff" for character in value if character > "\ud7ff"):
-        raise Problem(name, "half of a character (a surrogate), cut off in the middle", value)
     if len(value) > MAX_TEXT:
         raise Problem(name, f"a text of more than {MAX_TEXT:,} characters", len(value))
     return value

@@ -126,7 +126,12 @@ def lines(stream: io.BufferedReader, blank: bool = False) -> Iterator[tuple[int,
 def parsed(text: str, number: int) -> Any:
     """Returns what a line of JSON says, or the `RowError`."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # the escape of half a character; alone it can be written nowhere
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        return RowError(number, "", f"half of a character (a surrogate): {error.object[error.start]!r}", "no UTF-8")
     except json.JSONDecodeError as error:
         seen = text[max(0, error.pos - 20) : error.pos + 20]
         return RowError(number, "", f"no JSON, {error.msg} at character {error.pos + 1}: {seen!r}", "no JSON")

@@ -182,6 +182,14 @@ def flashrag_row(record: Row) -> Row:
     }
 
 
+def flashrag_cache_row(record: Row) -> Row:
+    """FlashRAG's cache of retrieved passages, a question and what was found for it; no answers."""
+    found = objects_of(record, "value")
+    pairs = [(c, *title_and_text(text_of(c, "contents"))) for c in found]
+    candidates = [candidate(title, text, id=c.get("id"), score=score_of(c)) for c, title, text in pairs]
+    return {"id": None, "query": text_of(record, "key"), "answers": [], "candidates": candidates}
+
+
 _DRO_TEXT = re.compile(r"\s(?:Content|Text):")
 
 
@@ -312,6 +320,7 @@ ROWS: dict[str, Format] = {  # the first that fits is taken: what has more field
     "musique": _format("question answer paragraphs", musique_row),
     "dro": _format("question answer retrieval", dro_row),
     "flashrag": _format("question golden_answers", flashrag_row),
+    "flashrag-cache": _format("key value", flashrag_cache_row, has_answers=False),
     "kilt": _format("input output", kilt_row),
     "rankzephyr": _format("conversations", rankzephyr_row, has_answers=False),
     "question": _format("question answer", plain_row),

@@ -33,7 +33,7 @@ class RowError(InvalidInputError):
     """A row that cannot be trained or evaluated on.
 
     Args:
-        index (`int`): position of the row.
+        index (`int`): position of the row; of a record of a file its number, from 1.
         field (`str`): where in the row, e.g. `candidates[3].text`; empty: all of it.
         problem (`str`): what is wrong with it.
         kind (`str`, *optional*): the same without what was seen, so that it can be counted. Default: `problem`.
