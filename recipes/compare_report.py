@@ -129,7 +129,7 @@ def _draw(results: Results, budget: str, path: Path) -> None:
         ax.set_yticks(range(len(methods)), methods if metric == "f1" else [""] * len(methods))
         ax.set_xlabel(NAMES[metric])
     for method in methods[::-1]:
-        curves = [c.curves["effective_sample_size"] for c in results.of(method, budget) if c.curves]
+        curves = [c.curves.get("effective_sample_size", []) for c in results.of(method, budget)]
         curves = [curve for curve in curves if max((v for v in curve if v is not None), default=0) > 1]
         if curves:
             means = pd.DataFrame(curves, dtype=float).mean()

@@ -145,13 +145,14 @@ def test_a_report_shows_every_method_and_says_what_diverged(tmp_path: Path) -> N
     better = {"curves": {"effective_sample_size": [2.0, 1.8, 1.6, 1.5], "selector/entropy": [1.0, 0.5, None, 0.04]}}
     for seed in (1, 2, 3):
         results.add(made("dro", seed, [1.0, 0.9, 0.8, 1.0], **better))
-        results.add(made("grpo", seed, [0.5, 0.4, 0.2, 0.6]))
+        results.add(made("grpo", seed, [0.5, 0.4, 0.2, 0.6], curves={"selector/entropy": [0.04, 0.04 * seed]}))
         results.add(made("ppo", seed, [0.5, 0.4, 0.2, 0.6], diverged=seed == 3))
     (tmp_path / "compare.yaml").write_text("methods: {}")
     text = write_report(tmp_path, tmp_path).read_text()
     assert "| dro | - | 92.5 [" in text
     assert "| grpo | - | **+50.0 [" in text
     assert "| dro | 2.00 to 1.50 | - | 1.00 to 0.04 | 3 of 3 |" in text
+    assert "| grpo | - | - | 0.04 to 0.08 | 1 of 3 |" in text
     assert "| ppo | - | +50.0 [" in text  # no verdict on a method that may diverge
     assert "| 4 | 0.1 | 3 | 1 |" in text
     assert (tmp_path / "compare-4-queries.svg").stat().st_size > 1000

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,9 @@ def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InvalidInputError, match=message):
             read(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InvalidInputError, match="no regular file"):
+        read(tmp_path / "pipe")
     with pytest.raises(InvalidInputError, match="is a folder"):
         read(tmp_path)
     with pytest.raises(InvalidInputError, match="cannot be read: No such file"):

@@ -80,7 +80,7 @@ def test_queries_that_find_nothing(tmp_path: Path) -> None:
     assert [len(f) for f in found] == [0, 0, 0, 5]
 
 
-def test_an_index_is_used_only_for_its_own_corpus(tmp_path: Path) -> None:
+def test_an_index_is_used_only_for_its_own_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A corpus that has changed is made again, and so is its index; nothing old is ever searched."""
     source = passages(tmp_path / "p.jsonl", 30)
     store = Corpus.build(source, tmp_path / "c")
@@ -89,6 +89,10 @@ def test_an_index_is_used_only_for_its_own_corpus(tmp_path: Path) -> None:
     made = (tmp_path / "i" / "data.csc.index.npy").stat().st_mtime_ns
     assert BM25.build(Corpus.build(source, tmp_path / "c"), tmp_path / "i").search(["river"], 3) == before
     assert (tmp_path / "i" / "data.csc.index.npy").stat().st_mtime_ns == made  # not made twice
+    with monkeypatch.context() as patched:  # nor what an older drorl has indexed
+        patched.setattr(bm25, "VERSION", bm25.VERSION + 1)
+        with pytest.raises(InvalidInputError, match="or version"):
+            BM25(store, tmp_path / "i")
     other = Corpus.build(passages(tmp_path / "p.jsonl", 31, seed=1), tmp_path / "c")
     assert len(other) == 31
     with pytest.raises(InvalidInputError, match="of another corpus or version"):
@@ -173,17 +177,20 @@ def test_the_commands_from_files_to_rows(tmp_path: Path, monkeypatch: pytest.Mon
         {"question": "river king?", "golden_answers": ["x"], "metadata": {"gold_ids": ["p3", "p4"]}},
         {"question": "the of", "golden_answers": ["x"]},
         {"question": "treaty harbour?", "golden_answers": ["x"]},
+        {"question": "lake?", "golden_answers": ["x"], "metadata": {"gold_titles": ["Lake", "Kin"]}},
     ]
     queries = tmp_path / "q.jsonl"
     queries.write_text("".join(json.dumps(question) + "\n" for question in questions))
     arguments = ["--queries", str(queries), "--top-k", "150", "--output"]
     done = run(app, ["retrieve", "--corpus", str(source), *arguments, str(tmp_path / "a.jsonl")])
     assert (done.exit_code, done.stdout) == (0, ""), done.exception
-    assert "3 rows (flashrag)" in done.stderr and "1 rows have no candidates" in done.stderr
+    assert "4 rows (flashrag)" in done.stderr and "1 rows have no candidates" in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     gold = {c["id"] for c in rows[0]["candidates"] if c["is_gold"]}
     assert gold == {c["id"] for c in rows[0]["candidates"]} & {"p3", "p4"}
     assert not any("is_gold" in c for c in rows[2]["candidates"])
+    assert {c["title"] for c in rows[3]["candidates"] if c["is_gold"]} == {"Lake"}  # whole titles, and no others
+    assert {c["title"] for c in rows[3]["candidates"] if not c["is_gold"]}.isdisjoint({"Lake"})
     assert [c["rank"] for c in rows[2]["candidates"]] == list(range(1, len(rows[2]["candidates"]) + 1))
     validate_rows([rows[0], rows[2]], 5, require_scores=True)
 
