@@ -69,7 +69,8 @@ def write_rows(
         if shards.notes:
             reading.start = shards.notes[-1]["record"]
         rows = iter(reading)
-        with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
             task = progress.add_task(name, total=None)
             while block := list(islice(rows, SHARD_ROWS)):
                 block = change(block) if change else block
