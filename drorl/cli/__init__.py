@@ -1,0 +1,21 @@
+"""The `drorl` command. What a command needs is imported when it runs: `--help` is to take no time."""
+
+import sys
+
+from ..errors import UserError
+from . import data, retrieval, runs  # noqa: F401 (each adds its commands)
+from .app import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Entry point of the `drorl` command: a user's mistake is answered by one line."""
+    try:
+        app()
+    except (UserError, OSError) as error:  # such as a full disk
+        sys.exit(f"drorl: {error}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("bm25s", "Stemmer"):
+            raise
+        sys.exit(f"drorl: {error.name} is not installed: pip install 'drorl[retrieval]'")

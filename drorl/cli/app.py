@@ -1,0 +1,32 @@
+"""The application, and the options that several commands share."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Retrieval-augmented generation, trained with DRO.")
+
+OnError = Enum("OnError", {name: name for name in ("fail", "skip")})
+OnErrorOption = Annotated[OnError, typer.Option(help="Stop at a broken record, or leave it out and count it.")]
+FormatOption = Annotated[str, typer.Option(help="A format's name; auto goes by the first record.")]
+OutputOption = Annotated[Path, typer.Option(help="Rows as JSON lines; packed if the name ends in .gz or .zst.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Nothing on stderr but errors.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        from .. import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
