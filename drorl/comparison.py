@@ -28,7 +28,7 @@ class Cell:
     method: str
     seed: int
     budget: str
-    """`10 minutes` of training, or `400 queries`."""
+    """`10 minutes` of training at the method's pace, or `400 queries`."""
     metrics: dict[str, float | None]
     """Means over the questions; `None` where a system has none, or is not finite."""
     minutes: float
@@ -48,12 +48,6 @@ class Cell:
     def key(self) -> tuple[str, int, str]:
         """What tells a cell from the others."""
         return self.method, self.seed, self.budget
-
-    @property
-    def pace(self) -> tuple:
-        """What has to be equal for cells to be compared: of a budget in minutes the machine, of any the data type."""
-        names = ("device", "cpu", "threads", "dtype") if self.budget.endswith("minutes") else ("dtype",)
-        return tuple(self.machine.get(name) for name in names)
 
     @property
     def questions(self) -> tuple:
@@ -144,15 +138,14 @@ class Results:
     def difference(self, a: str, b: str, budget: str, metric: str) -> Interval | None:
         """Returns `b - a` of a metric on the seeds that both have, paired by question; `None` if there are none.
 
-        Of cells that were asked the same questions in the same data type and, where the budget is minutes, on the same
-        kind of machine.
+        Of cells that were asked the same questions in the same data type.
         """
         pairs = [
             (x.predictions[metric], y.predictions[metric])
             for x in self.of(a, budget)
             for y in self.of(b, budget)
             if x.seed == y.seed and metric in x.predictions and metric in y.predictions
-            if (x.pace, x.questions) == (y.pace, y.questions)
+            if (x.machine.get("dtype"), x.questions) == (y.machine.get("dtype"), y.questions)
         ]
         if not pairs:
             return None

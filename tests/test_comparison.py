@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from compare import Grid, seconds_or_queries
+from compare import Grid, queries_of
 from compare_report import write_report
 from filelock import FileLock
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -88,18 +88,13 @@ def test_a_difference_is_paired_by_seed_and_question(tmp_path: Path) -> None:
     assert results.difference("a", "b", "4 queries", "iw_elbo") is None
 
 
-def test_minutes_on_different_machines_are_not_compared(tmp_path: Path) -> None:
-    """Equal minutes are an equal budget on one kind of machine only; queries on any, but in one data type."""
+def test_data_types_are_not_compared(tmp_path: Path) -> None:
+    """Steps in bfloat16 round otherwise than steps in float32; another machine makes no difference."""
     results = Results(tmp_path / "compare.json")
-    machines = {"a": ("x", "float32"), "b": ("y", "float32"), "c": ("x", "bfloat16"), "d": ("x", "float32")}
-    for budget in ("4 queries", "2 minutes"):
-        for method, (cpu, dtype) in machines.items():
-            results.add(made(method, 1, [0.0, 1.0], budget=budget, machine={"cpu": cpu, "dtype": dtype}))
-    compared = {
-        budget: [results.difference("a", other, budget, "f1") is not None for other in "bcd"]
-        for budget in ("4 queries", "2 minutes")
-    }
-    assert compared == {"4 queries": [True, False, True], "2 minutes": [False, False, True]}
+    for method, (cpu, dtype) in {"a": ("x", "float32"), "b": ("y", "float32"), "c": ("x", "bfloat16")}.items():
+        results.add(made(method, 1, [0.0, 1.0], machine={"cpu": cpu, "dtype": dtype}))
+    assert results.difference("a", "b", "4 queries", "f1") is not None
+    assert results.difference("a", "c", "4 queries", "f1") is None
 
 
 def test_cells_with_other_questions_are_not_compared(tmp_path: Path) -> None:
@@ -239,12 +234,15 @@ def test_questions_that_are_asked_together_are_answered_as_alone(
 
 # ------------------------------------------------------------------------------------------------------------ the grid
 def test_a_budget_is_minutes_or_queries() -> None:
-    """Both are read, anything else is refused."""
-    assert seconds_or_queries("1.5 minutes") == (90.0, None)
-    assert seconds_or_queries("40 queries") == (None, 40)
+    """Minutes are the queries that fit in at the method's pace; what is neither, or has no pace, is refused."""
+    paces = {"dro": {"seconds_per_query": 2.5}}
+    assert queries_of("1.5 minutes", "dro", paces) == 36
+    assert queries_of("40 queries", "anything", {}) == 40
     for budget in ("10", "10 hours", "x minutes", "1.5 queries"):
         with pytest.raises(InvalidInputError, match="N minutes"):
-            seconds_or_queries(budget)
+            queries_of(budget, "dro", paces)
+    with pytest.raises(InvalidInputError, match="pace of 'grpo' is not known"):
+        queries_of("1 minutes", "grpo", paces)
 
 
 def test_the_shipped_grids_are_valid() -> None:
@@ -264,7 +262,7 @@ def test_the_shipped_grids_are_valid() -> None:
                 settings = {k: v for k, v in grid.settings(method, extra).items() if k != "ranking"}
                 TrlParser((ScriptArguments, DROConfig)).parse_dict({**settings, "use_cpu": True})
         for budget in grid.budgets:
-            seconds_or_queries(budget)
+            queries_of(budget, "any", {"any": {"seconds_per_query": 1.0}})
         with pytest.raises(InvalidInputError, match="no method 'nonsense'"):
             grid.settings("nonsense")
 
@@ -351,6 +349,19 @@ def test_a_grid_from_nothing_to_a_report(small_grid: Path) -> None:
     assert compare(small_grid, "run", "--methods", "ppo").returncode == 2
     with FileLock(results.path.parent / ".lock"):
         assert "another grid is being run" in compare(small_grid, "run", "--force").stderr
+
+    measured = compare(small_grid, "pace", "--methods", "dro", "sft")
+    assert measured.returncode == 0, measured.stderr
+    paces = json.loads((small_grid / "results" / "pace.json").read_text())
+    assert sorted(paces) == ["dro", "sft"]
+    for pace in paces.values():
+        assert len(pace["rounds"]) == 3
+        assert min(pace["rounds"]) <= pace["seconds_per_query"] <= max(pace["rounds"])
+    minutes = 4.4 * paces["sft"]["seconds_per_query"] / 60  # two steps of two queries
+    by_time = compare(small_grid, "run", "--methods", "sft", "--budgets", f"{minutes} minutes")
+    assert by_time.returncode == 0, by_time.stderr
+    assert Results(results.path).cells["sft", 1, f"{minutes} minutes"].query_steps == 4
+
     assert compare(small_grid, "report").returncode == 0
     assert "| broken |" in (small_grid / "results" / "README.md").read_text()
     assert asdict(Results(results.path).cells["dro", 1, "4 queries"])["settings"]["proposal"] == "first_choices"

@@ -1,0 +1,71 @@
+"""The pace of each method, in seconds a query: what makes a budget of minutes the same queries wherever a cell runs.
+
+    python recipes/compare.py pace              # writes results/pace.json; nothing else may run meanwhile
+
+Stopped by the clock, a cell would depend on what else the machine does, and could not be made again. So the methods
+take turns in one process, the median over the rounds is the pace of each, and `10 minutes` of training are the
+queries that it gets through in that time.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_cell import Asked, configured, queries_per_step, warmed_up
+from nq import load_data
+from rich.progress import track
+from transformers import TrainerCallback
+
+from drorl.experiment import commit, machine
+
+ROUNDS, TIMED_QUERIES, TIMED_STEPS = 3, 8, 2
+SAME_PACE = ("learning_rate", "generator_learning_rate", "ranking", "num_eval_questions")
+"""Settings that change nothing of what a step computes."""
+
+
+class StepClock(TrainerCallback):
+    """When each step has ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def seconds_per_query(asked: Asked, work: Path) -> float:
+    """Trains a few steps; the first one, in which memory is reserved and kernels are built, does not count."""
+    script, config = configured(asked, work)
+    per_step = queries_per_step(config)
+    config.max_steps = 1 + max(TIMED_STEPS, math.ceil(TIMED_QUERIES / per_step))
+    rows, _ = load_data(script)
+    trainer, clock = warmed_up(asked, script, config, rows["train"], work), StepClock()
+    trainer.add_callback(clock)
+    torch.manual_seed(asked.seed)  # each method gets the same queries
+    trainer.train()
+    return (clock.ends[-1] - clock.ends[0]) / (per_step * (len(clock.ends) - 1))
+
+
+def measure(cells: Iterable[Asked], path: Path, work: Path, rounds: int = ROUNDS) -> None:
+    """Measures methods by turns, and adds them to a file; methods that compute the same are measured as one."""
+    groups: dict[str, list[Asked]] = {}
+    for asked in cells:
+        computed = {name: value for name, value in asked.settings.items() if name not in SAME_PACE}
+        groups.setdefault(json.dumps(computed, sort_keys=True), []).append(asked)
+    turns = [asked for _ in range(rounds) for asked in groups.items()]
+    seconds: dict[str, list[float]] = {computed: [] for computed in groups}
+    for computed, members in track(turns, "pace of each method"):
+        seconds[computed].append(round(seconds_per_query(members[0], work), 4))
+    paces = json.loads(path.read_text()) if path.exists() else {}
+    for computed, members in groups.items():
+        found = {"seconds_per_query": statistics.median(seconds[computed]), "rounds": seconds[computed]}
+        about = {"threads": torch.get_num_threads(), "machine": machine(), "commit": commit()}
+        paces |= {asked.method: {**found, **about} for asked in members}
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(paces, indent=1) + "\n")
+    aside.replace(path)
