@@ -8,7 +8,14 @@ from .app import app
 
 __all__ = ["app", "main"]
 
-_EXTRAS = {"bm25s": "retrieval", "Stemmer": "retrieval", "anyio": "serve", "starlette": "serve", "uvicorn": "serve"}
+_EXTRAS = {
+    "bm25s": "retrieval",
+    "Stemmer": "retrieval",
+    "pymilvus": "milvus",
+    "anyio": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+}
 
 
 def main() -> None:
