@@ -1,9 +1,10 @@
 """Late interaction: ColBERT models by PyLate, the index by fast-plaid.
 
-The score of a passage is MaxSim: for each vector of the query the largest inner product with one of the passage's, added
-up. PLAID finds candidates by compressed vectors; these passages are encoded again, so that scores and order are the
-model's own, whatever the compression. For 40 passages of each of the 58,622 questions of NQ, that is a ninth of what
-encoding 21 million passages takes. Sources: Khattab and Zaharia, ColBERT, SIGIR 2020; Santhanam et al., PLAID, CIKM 2022.
+The score of a passage is MaxSim: for each vector of the query the largest inner product with one of the passage's,
+added up. PLAID finds candidates by compressed vectors; these passages are encoded again, so that scores and order are
+the model's own, whatever the compression. For 40 passages of each of the 58,622 questions of NQ, that is a ninth of
+what encoding 21 million passages takes. Sources: Khattab and Zaharia, ColBERT, SIGIR 2020; Santhanam et al., PLAID,
+CIKM 2022.
 
 PyLate pins an older transformers and torch than drorl trains with, so this module has an environment of its own (`make
 install-colbert`), from which it answers over the `/retrieve` protocol. PyLate's own index is not used: it keeps the
@@ -27,8 +28,8 @@ from drorl.errors import InvalidInputError
 from .corpus import Corpus
 
 SHARD_PASSAGES = 5_000
-"""Passages that are encoded at a time. With 128 dimensions a passage of 140 tokens takes 35 KB of disk until the index is
-made."""
+"""Passages that are encoded at a time. With 128 dimensions a passage of 140 tokens takes 35 KB of disk until the index
+is made."""
 VERSION = 1
 _DEPTH = 2
 """So many times k candidates are found by compressed vectors."""
@@ -76,13 +77,18 @@ class ColBERT:
             shutil.rmtree(folder / "plaid", ignore_errors=True)
             # Below `start_from_scratch` passages it would keep the vectors in a pickle, for an update.
             index = FastPlaid(str(folder / "plaid"), device=device)
-            index.create(_vectors(parts), nbits=_BITS, use_triton_kmeans=False, start_from_scratch=0)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # passages for k-means are drawn without the seed that `create` takes
+                index.create(_vectors(parts), nbits=_BITS, use_triton_kmeans=False, start_from_scratch=0)
             _write_json(folder / _FACTS, facts)
             shutil.rmtree(parts)
         return cls(corpus, folder, model, device)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[dict[str, Any]]]:
-        """Returns the k best passages of each query by MaxSim, best first; equal ones in the corpus' order."""
+        """Returns the k best passages of each query by MaxSim, best first; equal ones in the corpus' order.
+
+        PLAID looks at the passages that share a cluster with the query: of a small corpus there may be fewer than k.
+        """
         if not queries or k < 1:
             return [[] for _ in queries]
         asked = self._encoder.encode(list(queries), is_query=True, show_progress_bar=False)

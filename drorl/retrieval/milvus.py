@@ -1,8 +1,8 @@
 """Vectors in Milvus, where one machine's memory is not enough for them.
 
-A trial and a cluster differ by the address: a file, `vectors.db`, is Milvus Lite in this process, `http://host:19530` a
-server, or the proxy of a cluster that has the vectors on many nodes. The passages stay in the corpus' folder, on disk;
-Milvus keeps a vector for each position in it. Source: https://milvus.io/docs.
+A trial and a cluster differ by the address: a file, `vectors.db`, is Milvus Lite in this process, `http://host:19530`
+a server, or the proxy of a cluster that has the vectors on many nodes. The passages stay in the corpus' folder, on
+disk; Milvus keeps a vector for each position in it. Source: https://milvus.io/docs.
 """
 
 import hashlib
