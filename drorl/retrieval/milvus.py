@@ -108,7 +108,6 @@ class Milvus:
                 data=vectors.tolist(),
                 limit=min(k, len(self.corpus)),
                 search_params={"metric_type": "IP", "params": {"ef": breadth}},
-                consistency_level="Strong",
                 timeout=_SECONDS,
             )
         except MilvusException as error:
@@ -144,7 +143,9 @@ def _create(client: MilvusClient, name: str, dimensions: int) -> None:
     schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimensions)
     index = client.prepare_index_params()
     index.add_index("vector", index_type="AUTOINDEX", metric_type="IP")
-    client.create_collection(name, schema=schema, index_params=index, consistency_level="Strong")
+    client.create_collection(name, schema=schema, consistency_level="Strong")
+    client.create_index(name, index, sync=False)  # there is nothing to wait for, and Milvus Lite cannot be waited for
+    client.load_collection(name, timeout=_SECONDS)
 
 
 def _load(client: MilvusClient, name: str, corpus: Corpus, start: int, encode: Encode) -> None:
@@ -156,7 +157,6 @@ def _load(client: MilvusClient, name: str, corpus: Corpus, start: int, encode: E
         rows = [{"id": position, "vector": vector.tolist()} for position, vector in enumerate(vectors, start)]
         client.upsert(name, rows, timeout=_SECONDS)
         start += len(block)
-    client.flush(name, timeout=_SECONDS)
 
 
 def _count(client: MilvusClient, name: str) -> int:
@@ -164,7 +164,7 @@ def _count(client: MilvusClient, name: str) -> int:
     if not client.has_collection(name):
         return 0
     client.load_collection(name, timeout=_SECONDS)
-    [row] = client.query(name, filter="", output_fields=["count(*)"], consistency_level="Strong")
+    [row] = client.query(name, filter="", output_fields=["count(*)"])
     return int(row["count(*)"])
 
 
