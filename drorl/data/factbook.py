@@ -155,7 +155,10 @@ RELATIONS = [
         "roadways",
         "Transportation/Roadways/total",
         _measure(" km"),
-        ("How long are the roadways of {country} in total?", "What is the total length of roadways in {country}?"),
+        (
+            "How many kilometres of roadways are there in {country}?",
+            "What is the total length of roadways in {country}?",
+        ),
     ),
     Relation(
         "seaport",
