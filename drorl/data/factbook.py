@@ -192,11 +192,13 @@ class Country:
     Args:
         name (`str`): as the Factbook calls it in short.
         adjective (`str`): of its people, empty if there is no single one or another country has the same.
+        region (`str`): the part of the world that it is in, as the Factbook's maps have it.
         facts (`Mapping[str, Fact]`): by the relation's name.
     """
 
     name: str
     adjective: str
+    region: str
     facts: Mapping[str, Fact]
 
 
@@ -209,8 +211,13 @@ def read_countries(archive: Path) -> list[Country]:
     adjectives = {name: _adjective(profile) for name, profile in named.items()}
     bearers = Counter(adjectives.values())
     return [
-        Country(name, adjectives[name] if bearers[adjectives[name]] == 1 else "", _facts(name, named[name]))
-        for name in sorted(named)
+        Country(
+            name,
+            adjectives[name] if bearers[adjectives[name]] == 1 else "",
+            text_at(profile, "Geography/Map references"),
+            _facts(name, profile),
+        )
+        for name, profile in sorted(named.items())
     ]
 
 

@@ -7,9 +7,10 @@ second one is.
 1. First hops: Wikipedia's vital articles (as in [`vitalqa`]) whose first passage names a single country, by its name
    for a place, by the adjective of its people for a person. The passage has to read so, see [`link_of`].
 2. Second hops: what the World Factbook says of that country in one field, see [`factbook`].
-3. Candidates: three countries, the right one and those of the two articles that are most like the first hop's, with
-   three passages each: that article, the fact asked for, and another fact. Countries and facts are level, so nothing
-   but reading tells them apart; an answer stands in one passage alone. Their order is BM25's.
+3. Candidates: three countries, the right one and those of the two articles that are most like the first hop's, from
+   the same part of the world if there are any (a name such as Osaka tells much), with three passages each: that
+   article, the fact asked for, and another fact. Countries and facts are level, so nothing but reading tells them
+   apart; an answer stands in one passage alone. Their order is BM25's.
 4. The split is a hash of the country, of all candidates: no passage of test stands in train, nor its country.
 
 Links are found by matching strings: see `WARNING` for how many of those that were read are spurious. Figures are those
@@ -153,6 +154,7 @@ class Pool:
 
     def __init__(self, links: Sequence[Link], countries: Sequence[Country]) -> None:
         self.facts = {country.name: country.facts for country in countries}
+        self._region = {country.name: country.region for country in countries}
         self._links = list(links)
         self._articles = Corpus([link.passage for link in links])
         facts = [fact.passage for of_country in self.facts.values() for fact in of_country.values()]
@@ -162,6 +164,7 @@ class Pool:
         """The questions about the country of a link that have good candidates, in the order of a hash."""
         [hits] = self._articles.search(analyse([link.passage["text"]]), len(self._links))
         alike = [link, *(self._links[position] for position, _ in hits)]
+        alike.sort(key=lambda other: self._region[other.country] != self._region[link.country])  # stable
         for fact in sorted(self.facts[link.country].values(), key=lambda fact: _hash_fraction(_key(link, fact))):
             row = self._row(alike, fact)
             if row is not None:
