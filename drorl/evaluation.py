@@ -41,6 +41,7 @@ def _title_overlap(row: Mapping[str, Any], passage: Passage) -> float:
 RANKINGS: dict[str, Callable[[Mapping[str, Any], Passage], float]] = {
     "retriever": lambda row, passage: 0.0,
     "oracle": lambda row, passage: float(_holds_answer(row, passage)),
+    "gold": lambda row, passage: float(bool(passage.get("is_gold"))),
     "closed_book": lambda row, passage: 0.0,
     "title": _title_overlap,
     "longest": lambda row, passage: float(len(passage["text"].split())),
@@ -50,8 +51,9 @@ RANKINGS: dict[str, Callable[[Mapping[str, Any], Passage], float]] = {
 def ranked(row: Mapping[str, Any], ranking: str, num_candidates: int) -> list[int]:
     """Returns the order in which a system without a selector reads passages, as indices into the row's candidates.
 
-    `ranking`: `retriever`, its order; `oracle`, those that hold an answer first; `closed_book`, none; `title` and
-    `longest`, controls that do not read: the title's words in the query, the passage's length.
+    `ranking`: `retriever`, its order; `oracle`, those that hold an answer first; `gold`, those that are marked first;
+    `closed_book`, none; `title` and `longest`, controls that do not read: the title's words in the query, the
+    passage's length.
     """
     if ranking == "closed_book":
         return []
