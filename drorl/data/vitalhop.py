@@ -35,7 +35,7 @@ from rich.table import Table
 
 from drorl.data import packages
 from drorl.data.factbook import FACTBOOK, RELATIONS, Country, Fact, read_countries
-from drorl.data.texts import PASSAGES_WHEEL, Passage, passages_of, read_articles
+from drorl.data.texts import PASSAGES_WHEEL, Passage, hash_fraction, passages_of, read_articles, rounded_mean
 from drorl.data.vitalqa import Corpus, analyse
 from drorl.metrics import contains_answer
 
@@ -136,7 +136,7 @@ def _subject(article: Passage) -> str:
 def find_links(articles: Sequence[Passage], countries: Sequence[Country]) -> list[Link]:
     """The links of all articles, up to `MAX_ARTICLES_PER_COUNTRY` of a country, in the order of a hash."""
     linker, counts, kept = Linker(countries), Counter[str](), []
-    for article in sorted(articles, key=lambda article: _hash_fraction(article["id"])):
+    for article in sorted(articles, key=lambda article: hash_fraction(article["id"])):
         link = linker.link_of(article)
         if link is not None and counts[link.country] < MAX_ARTICLES_PER_COUNTRY:
             counts[link.country] += 1
@@ -165,7 +165,7 @@ class Pool:
         [hits] = self._articles.search(analyse([link.passage["text"]]), len(self._links))
         alike = [link, *(self._links[position] for position, _ in hits)]
         alike.sort(key=lambda other: self._region[other.country] != self._region[link.country])  # stable
-        for fact in sorted(self.facts[link.country].values(), key=lambda fact: _hash_fraction(_key(link, fact))):
+        for fact in sorted(self.facts[link.country].values(), key=lambda fact: hash_fraction(_key(link, fact))):
             row = self._row(alike, fact)
             if row is not None:
                 yield row
@@ -180,7 +180,7 @@ class Pool:
             return None
         [hits] = self._index.search(analyse([query]), len(self._index.passages))
         scores = {self._index.passages[position]["id"]: score for position, score in hits}
-        ranked = sorted(passages, key=lambda p: (-scores.get(p["id"], 0.0), _hash_fraction(f"{key}/{p['id']}")))
+        ranked = sorted(passages, key=lambda p: (-scores.get(p["id"], 0.0), hash_fraction(f"{key}/{p['id']}")))
         golds = [link.passage["id"], fact.passage["id"]]
         candidates = [
             {**p, "score": scores.get(p["id"], 0.0), "rank": rank, "is_gold": p["id"] in golds}
@@ -215,7 +215,7 @@ def make_rows(links: Sequence[Link], countries: Sequence[Country]) -> list[Row]:
     """
     pool = Pool(links, countries)
     rows = [row for link in links for row in islice(pool.rows(link), QUESTIONS_PER_ARTICLE)]
-    return sorted(rows, key=lambda row: _hash_fraction(row["id"]))
+    return sorted(rows, key=lambda row: hash_fraction(row["id"]))
 
 
 def _key(link: Link, fact: Fact) -> str:
@@ -225,17 +225,12 @@ def _key(link: Link, fact: Fact) -> str:
 
 def _pick(choices: Sequence[str], key: str) -> str:
     """One of some choices, by the hash of a key."""
-    return choices[int(_hash_fraction(key) * len(choices))]
-
-
-def _hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+    return choices[int(hash_fraction(key) * len(choices))]
 
 
 def split_of(country: str) -> str:
     """The split that a country belongs to, with all that is said and asked about it."""
-    return next(split for split, bound in SPLIT_BOUNDS.items() if _hash_fraction(country) < bound)
+    return next(split for split, bound in SPLIT_BOUNDS.items() if hash_fraction(country) < bound)
 
 
 def describe_rows(rows: Sequence[Row]) -> dict[str, Any]:
@@ -251,15 +246,15 @@ def describe_rows(rows: Sequence[Row]) -> dict[str, Any]:
         "articles": len({row["metadata"]["entity"] for row in rows}),
         "by_relation": dict(sorted(Counter(row["metadata"]["relation"] for row in rows).items())),
         "bm25_order": {
-            name: {str(k): _mean(sum(gold[:k]) >= at_least for gold in golds) for k in RECALL_AT}
+            name: {str(k): rounded_mean(sum(gold[:k]) >= at_least for gold in golds) for k in RECALL_AT}
             for name, at_least in (("one", 1), ("both", 2))
         },
         "random_order": {
-            name: {str(k): _mean(_chance(len(gold), k, at_least) for gold in golds) for k in RECALL_AT}
+            name: {str(k): rounded_mean(_chance(len(gold), k, at_least) for gold in golds) for k in RECALL_AT}
             for name, at_least in (("one", 1), ("both", 2))
         },
-        "mean_query_words": _mean(len(row["query"].split()) for row in rows),
-        "mean_passage_words": _mean(len(text.split()) for text in texts),
+        "mean_query_words": rounded_mean(len(row["query"].split()) for row in rows),
+        "mean_passage_words": rounded_mean(len(text.split()) for text in texts),
         "sha256": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
     }
 
@@ -270,12 +265,6 @@ def _chance(num_candidates: int, k: int, at_least: int) -> float:
     return 1.0 - sum(math.comb(2, g) * math.comb(without, k - g) for g in range(at_least)) / math.comb(
         num_candidates, k
     )
-
-
-def _mean(values: Iterable[float]) -> float:
-    """Mean to four digits, 0 of nothing."""
-    values = list(values)
-    return round(math.fsum(values) / len(values), 4) if values else 0.0
 
 
 def build_key() -> str:
