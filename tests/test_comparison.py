@@ -164,7 +164,7 @@ def test_a_report_shows_every_method_and_says_what_diverged(tmp_path: Path) -> N
     (tmp_path / "compare.yaml").write_text("methods: {}")
     text = write_report(tmp_path, tmp_path).read_text()
     assert "| dro | 92.5 [" in text
-    assert "| grpo | - | **+50.0 [" in text
+    assert "| grpo | **+50.0 [" in text
     assert "| dro | 2.00 to 1.50 | - | 1.00 to 0.04 | 3 of 3 |" in text
     assert "| grpo | - | - | 0.04 to 0.08 | 1 of 3 |" in text
     assert "| ppo | - | +50.0 [" in text  # no verdict on a method that may diverge
