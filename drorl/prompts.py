@@ -145,7 +145,7 @@ class PromptBuilder:
             asked, expansions = self.answer(query), []
             if self.identifiers == "expanded_query":
                 expansions = [self._encode(f" {text}")[: self.max_passage_tokens] for text in texts]
-            reserve = len(asked) + sum(sorted(map(len, expansions))[1 - self.num_selected :] * (self.num_selected > 1))
+            reserve = len(asked) + sum(sorted(map(len, expansions), reverse=True)[: self.num_selected - 1])
             pairs = zip(titles, texts, strict=True)
             alone = [self._prompt(query, QUERY_HEAD, [h], [t], "", reserve) for h, t in pairs]
             return SelectorPrompt([], identifiers, slate, scores, [(prompt, asked) for prompt in alone], expansions)

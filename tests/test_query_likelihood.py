@@ -270,3 +270,18 @@ def test_a_query_that_does_not_fit_is_refused(tokenizer: PreTrainedTokenizerFast
     )
     with pytest.raises(PromptTooLongError, match="shorten the query"):
         PromptBuilder(tokenizer, "query", K, max_prompt_tokens=40).selector(row["query"], row["candidates"])
+
+
+def test_there_is_room_for_what_may_be_chosen(tokenizer: PreTrainedTokenizerFast, rows: Callable[..., list]) -> None:
+    """With a window that cuts passages, no expanded query exceeds it."""
+    [row] = rows(1, N)
+    whole = PromptBuilder(tokenizer, "expanded_query", K).selector(row["query"], row["candidates"])
+
+    def longest(prompt: SelectorPrompt) -> int:
+        return max(
+            len(ids) + len(query) for z in permutations(range(N), K - 1) for ids, query in prompt.queries_after(z)
+        )
+
+    window = longest(whole) - 3
+    cut = PromptBuilder(tokenizer, "expanded_query", K, max_prompt_tokens=window)
+    assert longest(cut.selector(row["query"], row["candidates"])) <= window
