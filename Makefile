@@ -17,7 +17,7 @@ VLLM_INSTALLED := .venv-vllm/.installed
 COLBERT_INSTALLED := .venv-colbert/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm install-colbert demo demo-vllm lab test test-slow test-vllm test-colbert \
+.PHONY: help install install-vllm install-colbert demo demo-vllm multihop lab test test-slow test-vllm test-colbert \
 	quality format bench clean
 
 help: ## show this list
@@ -64,6 +64,9 @@ NAMED := --identifiers title --selector_temperature 3 --warmup_selector true
 demo-vllm: $(VLLM_INSTALLED) ## the demo with a selector that names titles, its permutations drawn by vLLM
 	.venv-vllm/bin/python recipes/nq.py --config recipes/configs/nq_demo.yaml $(NAMED) \
 		--output_dir outputs/nq_demo_vllm --use_vllm true --vllm_max_model_length 2048 $(ARGS)
+
+multihop: $(INSTALLED) ## two-hop questions: is choosing passages together better than one by one?
+	$(BIN)/python recipes/multihop.py $(ARGS)
 
 lab: $(INSTALLED) ## measure every estimator where the truth is known; writes results/lab.{json,md,svg}
 	$(BIN)/python recipes/lab.py $(ARGS)

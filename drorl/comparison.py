@@ -16,7 +16,7 @@ from .errors import InvalidInputError
 from .evaluation import Record, aggregate, per_question
 from .statistics import Interval, crossed_bootstrap
 
-RATES = ("exact_match", "f1", "recall@1", "recall@3", "recall@5")
+RATES = ("exact_match", "f1", "recall@1", "recall@3", "recall@5", "all_gold@2")
 METRICS = (*RATES, "iw_elbo")
 _DIGITS = 4
 

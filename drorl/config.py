@@ -6,7 +6,7 @@ import torch
 from trl import GRPOConfig
 
 from .losses import ADVANTAGES, WEIGHTED
-from .settings import DROSettings
+from .settings import QUERY_LIKELIHOODS, DROSettings
 
 SCALES = ("group", "none")
 SELECTOR_OBJECTIVES = (*ADVANTAGES, "ppo", "none")
@@ -66,8 +66,8 @@ class DROConfig(DROSettings, GRPOConfig):
     Parameters that control the selector's policy
 
         identifiers (`str`, *optional*, defaults to `"number"`): what the selector writes for a passage: `"number"`
-            (paper, `[3] > [1]`), `"letter"`, `"title"`, or `"query"`: no name, but the query itself, after each
-            passage alone, see [`query_likelihood`].
+            (paper, `[3] > [1]`), `"letter"`, `"title"`, or no name, but the query itself, after each passage alone:
+            `"query"`, and `"expanded_query"`, which grows by the passages that were chosen, see [`query_likelihood`].
         constrained (`bool`, *optional*, defaults to `True`): normalises the policy over valid permutations. `False`:
             free text (paper), repaired as [`~permutations.parse_permutation`] says, with `permutations/valid_rate`.
         selector_temperature (`float`, *optional*, defaults to `1.0`): divides the selector's logits, in sampling and
@@ -95,7 +95,7 @@ class DROConfig(DROSettings, GRPOConfig):
     Parameters that control the M-step
 
         selector_objective (`str`, *optional*, defaults to `"dro"`): `dro`; `grpo`, `rloo`, `reinforce` and `ppo`,
-            which maximise `reward`; `pointwise` (each passage weighed by itself, K = 1); or `none` (frozen selector).
+            which maximise `reward`; `pointwise` (each passage weighed by itself); or `none` (frozen selector).
             `grpo` and `ppo` read TRL's `epsilon`, `epsilon_high`, `num_iterations` (epochs over the same permutations)
             and `beta` (KL to the selector as it was when training began).
         reward (`str`, *optional*, defaults to `"log_likelihood"`): of the gold answer, nats; its `"likelihood"`; or
@@ -178,10 +178,9 @@ class DROConfig(DROSettings, GRPOConfig):
             )
         if objective == "ppo" and self.max_tokens_per_forward is not None:
             raise ValueError("selector_objective='ppo' whitens over a micro-batch: it takes no max_tokens_per_forward")
-        if objective == "pointwise" and (self.num_selected > 1 or self.proposal != "first_choices"):
+        if objective == "pointwise" and self.proposal != "first_choices":
             raise ValueError(
-                "selector_objective='pointwise' weighs each candidate by itself: it needs num_selected=1 and "
-                "proposal='first_choices'"
+                "selector_objective='pointwise' weighs each candidate by itself: it needs proposal='first_choices'"
             )
 
     def _check_combinations(self) -> None:
@@ -215,10 +214,11 @@ class DROConfig(DROSettings, GRPOConfig):
             raise ValueError("constrained=False samples free text: it needs proposal='policy', proposal_temperature=1")
         if not self.constrained and self.retrieval_prior_weight:
             raise ValueError("retrieval_prior_weight needs constrained=True: free text has no candidate to weigh")
-        if self.identifiers == "query" and (self.use_vllm or self.rollout_backend == "vllm" or not self.constrained):
+        without_engine = self.constrained and not self.use_vllm and self.rollout_backend != "vllm"
+        if self.identifiers in QUERY_LIKELIHOODS and not without_engine:
             raise ValueError(
-                "identifiers='query' writes no permutation that an engine or free text could hold: it needs "
-                "constrained=True, without vLLM"
+                f"identifiers={self.identifiers!r} writes no permutation that an engine or free text could hold: it "
+                "needs constrained=True, without vLLM"
             )
         if self.use_vllm and self.rollout_backend == "transformers":
             raise ValueError("use_vllm=True and rollout_backend='transformers' contradict each other")

@@ -3,8 +3,8 @@
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, field
+from itertools import accumulate, chain, islice
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +41,7 @@ def _title_overlap(row: Mapping[str, Any], passage: Passage) -> float:
 RANKINGS: dict[str, Callable[[Mapping[str, Any], Passage], float]] = {
     "retriever": lambda row, passage: 0.0,
     "oracle": lambda row, passage: float(_holds_answer(row, passage)),
+    "gold": lambda row, passage: float(bool(passage.get("is_gold"))),
     "closed_book": lambda row, passage: 0.0,
     "title": _title_overlap,
     "longest": lambda row, passage: float(len(passage["text"].split())),
@@ -50,8 +51,9 @@ RANKINGS: dict[str, Callable[[Mapping[str, Any], Passage], float]] = {
 def ranked(row: Mapping[str, Any], ranking: str, num_candidates: int) -> list[int]:
     """Returns the order in which a system without a selector reads passages, as indices into the row's candidates.
 
-    `ranking`: `retriever`, its order; `oracle`, those that hold an answer first; `closed_book`, none; `title` and
-    `longest`, controls that do not read: the title's words in the query, the passage's length.
+    `ranking`: `retriever`, its order; `oracle`, those that hold an answer first; `gold`, those that are marked first;
+    `closed_book`, none; `title` and `longest`, controls that do not read: the title's words in the query, the
+    passage's length.
     """
     if ranking == "closed_book":
         return []
@@ -76,6 +78,8 @@ class Record:
     """The bound on log p(y|x), nats; NaN for a system without a selector."""
     chosen: list[int]
     """The chosen passages, as indices into the row's candidates."""
+    all_gold: list[float] = field(default_factory=list)
+    """For k = 1..N, whether the first k passages, in the same order, hold every gold one; empty: none is known."""
 
 
 def evaluate_rows(
@@ -185,6 +189,7 @@ def _answer(pipeline: RAGPipeline, block: Sequence[Ranked]) -> list[Record]:
             answer_logp=answer_logp,
             iw_elbo=bound,
             chosen=order[:k],
+            all_gold=gold_recalls(row, ordered),
         )
         for (row, order, answer_logp, bound), ordered, prediction in zip(block, passages, predictions, strict=True)
     ]
@@ -194,6 +199,21 @@ def recalls(passages: Sequence[Passage], answers: Sequence[str]) -> list[float]:
     """Returns recall@k for each k: whether a normalised answer occurs in one of the first k passages."""
     found = [contains_answer(p["text"], answers) for p in passages]
     return [float(any(found[: k + 1])) for k in range(len(found))]
+
+
+def gold_recalls(row: Mapping[str, Any], passages: Sequence[Passage]) -> list[float]:
+    """Returns all_gold@k for each k: whether the first k passages hold every gold one; `[]` if the row names none.
+
+    A question of several hops needs them all, those too that are no candidates: `metadata.gold_ids` counts them.
+
+    >>> golds = [{"is_gold": True}, {"is_gold": False}, {"is_gold": True}]
+    >>> gold_recalls({"candidates": golds}, golds), gold_recalls({"candidates": golds}, golds[:2])
+    ([0.0, 0.0, 1.0], [0.0, 0.0])
+    """
+    marked = sum(bool(passage.get("is_gold")) for passage in row["candidates"])
+    golds = max(marked, len((row.get("metadata") or {}).get("gold_ids") or []))
+    found = accumulate(bool(passage.get("is_gold")) for passage in passages)
+    return [float(count == golds) for count in found] if golds else []
 
 
 def position_shares(pipeline: RAGPipeline, rows: Iterable[Mapping[str, Any]]) -> list[list[float]]:
@@ -227,10 +247,13 @@ def position_bias(shares: Sequence[Sequence[float]]) -> float:
 
 
 def per_question(records: Sequence[Record], metric: str) -> list[float]:
-    """Returns one value per question of `exact_match`, `f1`, `recall@k`, `answer_logp` or `iw_elbo`."""
-    if metric.startswith("recall@"):
-        return [record.recall[int(metric.removeprefix("recall@")) - 1] for record in records]
-    return [getattr(record, metric) for record in records]
+    """Returns one value per question of `exact_match`, `f1`, `recall@k`, `all_gold@k`, `answer_logp` or `iw_elbo`.
+
+    NaN where a question has none, such as `all_gold@k` where no gold passage is known.
+    """
+    name, _, k = metric.partition("@")
+    values = [getattr(record, name) for record in records]
+    return [of[int(k) - 1] if int(k) <= len(of) else math.nan for of in values] if k else values
 
 
 def aggregate(records: Sequence[Record]) -> dict[str, float]:
@@ -241,8 +264,7 @@ def aggregate(records: Sequence[Record]) -> dict[str, float]:
     """
     if not records:
         raise InvalidInputError("there is no question to evaluate on")
-    depths = [k for k in (1, 3, 5) if k <= len(records[0].recall)]
-    names = ["exact_match", "f1", *(f"recall@{k}" for k in depths), "answer_logp", "iw_elbo"]
+    names = ("exact_match", "f1", "recall@1", "recall@3", "recall@5", "all_gold@2", "answer_logp", "iw_elbo")
     means = {name: mean_of_finite(per_question(records, name)) for name in names}
     return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .settings import IDENTIFIERS
+from .settings import IDENTIFIERS, QUERY_LIKELIHOODS
 
 Permutation = tuple[int, ...]
 SEPARATOR = " > "
@@ -37,7 +37,7 @@ def identifier_texts(kind: str, titles: Sequence[str]) -> list[str]:
 
     Args:
         kind (`str`): `"number"` (the paper's `[3]`), `"letter"` (`[C]`) or `"title"` (the passage's title);
-            `"query"` writes no identifier, and titles are what people are shown.
+            those of `QUERY_LIKELIHOODS` write no identifier, and titles are what people are shown.
         titles (`list[str]` of length N): titles in the order in which the prompt shows the candidates.
 
     Equal titles get a suffix, `Paris`, `Paris (2)`; the separator inside a title is replaced, so that a permutation of
@@ -52,7 +52,7 @@ def identifier_texts(kind: str, titles: Sequence[str]) -> list[str]:
         return [f"[{i + 1}]" for i in range(len(titles))]
     if kind == "letter":
         return [f"[{_letters(i)}]" for i in range(len(titles))]
-    if kind in ("title", "query"):
+    if kind in ("title", *QUERY_LIKELIHOODS):
         # Some tokenizers normalise to NFC: titles that differ before that would be equal as tokens.
         plain = [unicodedata.normalize("NFC", title).replace(">", "-") for title in titles]
         return _distinct([" ".join(title.split()) or "Untitled" for title in plain])

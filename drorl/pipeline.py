@@ -23,7 +23,7 @@ from .policy import Decisions, Drawing, SelectorPolicy
 from .ppo import ValueHead
 from .prompts import PromptBuilder, PromptTooLongError, SelectorPrompt
 from .query_likelihood import QueryLikelihoods
-from .settings import PipelineSettings
+from .settings import QUERY_LIKELIHOODS, PipelineSettings
 
 SETTINGS_FILE = "drorl.json"
 BACKENDS = ("transformers", "vllm")
@@ -226,7 +226,7 @@ class RAGPipeline:
     def decide(self, prompts: Sequence[SelectorPrompt], keep: bool = True, role: str = SELECTOR) -> Drawing:
         """Returns the decisions of the selector, or of another adapter, after prompts; see [`~policy.Decisions`]."""
         critic = self.critic if role == SELECTOR else None
-        if self.settings.identifiers == "query":
+        if self.settings.identifiers in QUERY_LIKELIHOODS:
             return QueryLikelihoods(self.policy, self.role(role), prompts, critic)
         return Decisions(self.policy, self.role(role), prompts, keep, critic)
 

@@ -41,6 +41,11 @@ class Draw:
     old_selector_logps: torch.Tensor
     """(m, K): log p_s of each decision, nats."""
 
+    def first(self) -> "Draw":
+        """Returns the first choices alone."""
+        firsts = [permutation[:1] for permutation in self.permutations]
+        return Draw(firsts, self.proposal_logps[:, :1], self.old_selector_logps[:, :1])
+
     @property
     def log_ratio(self) -> torch.Tensor:
         """(m,): log p_s(z) - log q(z)."""

@@ -17,7 +17,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InvalidInputError
-from .permutations import Slate, identifier_texts
+from .permutations import Permutation, Slate, identifier_texts
+from .settings import QUERY_LIKELIHOODS
 
 Passage = Mapping[str, Any]
 
@@ -50,7 +51,15 @@ class SelectorPrompt:
     scores: Sequence[float | None] = ()
     """N: the retriever's scores, `None` where a candidate has none."""
     queries: Sequence[tuple[list[int], list[int]]] = ()
-    """N, with `identifiers="query"` only: a passage by itself, and the query as it would be written after it."""
+    """N, of `QUERY_LIKELIHOODS` only: a passage by itself, and the query as it would be written after it."""
+    expansions: Sequence[list[int]] = ()
+    """N, with `identifiers="expanded_query"` only: a passage as it would follow the query once it is chosen."""
+
+    def queries_after(self, prefix: Permutation) -> list[tuple[list[int], list[int]]]:
+        """Returns `queries` of the passages that are left after `prefix`, expanded by those that it has chosen."""
+        added = [token for i in prefix for token in self.expansions[i]] if self.expansions else []
+        left = (pair for i, pair in enumerate(self.queries) if i not in prefix)
+        return [(passage, [*query[:-1], *added, query[-1]]) for passage, query in left]
 
 
 @dataclass
@@ -59,7 +68,7 @@ class PromptBuilder:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): with its chat template; a base model without one gets plain text.
-        identifiers (`str`): `number`, `letter`, `title` or `query`, see [`~permutations.identifier_texts`].
+        identifiers (`str`): one of `IDENTIFIERS`, see [`~permutations.identifier_texts`].
         num_selected (`int`): K.
         max_passage_tokens (`int`, *optional*): each passage is cut to this many tokens.
         max_prompt_tokens (`int`, *optional*): what the generator's prompt, and the selector's with its permutation,
@@ -132,11 +141,14 @@ class PromptBuilder:
             end_ids=[self.end_id],
             num_selected=self.num_selected,
         )
-        if self.identifiers == "query":
-            asked = self.answer(query)
+        if self.identifiers in QUERY_LIKELIHOODS:
+            asked, expansions = self.answer(query), []
+            if self.identifiers == "expanded_query":
+                expansions = [self._encode(f" {text}")[: self.max_passage_tokens] for text in texts]
+            reserve = len(asked) + sum(sorted(map(len, expansions), reverse=True)[: self.num_selected - 1])
             pairs = zip(titles, texts, strict=True)
-            alone = [self._prompt(query, QUERY_HEAD, [h], [t], "", len(asked)) for h, t in pairs]
-            return SelectorPrompt([], identifiers, slate, scores, [(prompt, asked) for prompt in alone])
+            alone = [self._prompt(query, QUERY_HEAD, [h], [t], "", reserve) for h, t in pairs]
+            return SelectorPrompt([], identifiers, slate, scores, [(prompt, asked) for prompt in alone], expansions)
         ids = self._prompt(query, SELECTOR_HEAD, headers, texts, SELECTOR_TAIL[self.identifiers], slate.max_length)
         return SelectorPrompt(ids, identifiers, slate, scores)
 

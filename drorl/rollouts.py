@@ -89,7 +89,8 @@ class Rollout:
         if not completions and not self.prompt.queries:
             completions = self.prompt.slate.decisions(prefixes_of(self.drawn)).contexts
         selector, generator = TokenTree(), TokenTree()
-        for prompt, tokens in self.prompt.queries or [(self.prompt.ids, tokens) for tokens in completions or [()]]:
+        queries = [pair for z in prefixes_of(self.drawn) for pair in self.prompt.queries_after(z)]
+        for prompt, tokens in queries or [(self.prompt.ids, tokens) for tokens in completions or [()]]:
             selector.add([*prompt, *tokens])
         for context in filter(None, [*self.contexts, self.supervised_context]):
             end = generator.add(context)[-1]
@@ -160,6 +161,8 @@ def draw_rollouts(
         every_first_choice = config.proposal == "first_choices"
         generators = [torch.Generator().manual_seed(question.seed) for question in questions]
         sampled = decisions.sample(config.num_generations, config.proposal_temperature, every_first_choice, generators)
+        if config.selector_objective == "pointwise":  # weighs each passage by itself, however many are read later
+            sampled = [draw.first() for draw in sampled]
         values = decisions.values([draw.permutations for draw in sampled])
         olds = [None] * len(sampled) if values is None else values.detach()
         drawn = [{**vars(draw), "old_values": old} for draw, old in zip(sampled, olds, strict=True)]

@@ -4,7 +4,9 @@ import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-IDENTIFIERS = ("number", "letter", "title", "query")
+QUERY_LIKELIHOODS = ("query", "expanded_query")
+"""Identifiers that are not written: a passage is scored by how likely it makes the query."""
+IDENTIFIERS = ("number", "letter", "title", *QUERY_LIKELIHOODS)
 REWARDS = ("log_likelihood", "likelihood", "f1")
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,8 @@ POSITION_QUESTIONS = 12
 
 def data_of(settings: dict[str, Any]) -> str:
     """Names the data of a cell: a new build of the embedded set makes other cells, and other warm-ups."""
-    from drorl.data.vitalqa import build_key
-
-    return settings.get("train_file") or build_key()
+    embedded = import_module(f"drorl.data.{settings.get('embedded_data', 'vitalqa')}")
+    return settings.get("train_file") or embedded.build_key()
 
 
 def queries_per_step(config: "DROConfig") -> float:
@@ -93,11 +93,12 @@ def warmup_folder(asked: Asked, script: "ScriptArguments", config: "DROConfig", 
     """Returns where the warm-up is kept that all methods of a seed start from: by what it depends on."""
     from drorl.settings import PipelineSettings
 
-    asked_later = ("num_eval_questions", "max_minutes", "em_patience")  # no part of the warm-up
+    # What is asked later is no part of the warm-up, and the data have a name.
+    left_out = ("num_eval_questions", "max_minutes", "em_patience", "embedded_data")
     depends = [
         data_of(asked.settings),
         dtype,
-        {name: value for name, value in asdict(script).items() if name not in asked_later},
+        {name: value for name, value in asdict(script).items() if name not in left_out},
         asdict(PipelineSettings.from_config(config)),
         config.answer_target,
         config.weight_decay,

@@ -54,6 +54,12 @@ def _shown(interval: Interval | None, metric: str, signed: bool = False, bold: b
     return f"**{text}**" if bold and interval.ci95[0] * interval.ci95[1] > 0 else text
 
 
+def _known(results: Results, budget: str) -> list[str]:
+    """The metrics that the methods of a budget have: `all_gold` only where gold passages are known."""
+    cells = [cell for method in results.methods(budget) for cell in results.of(method, budget)]
+    return [m for m in METRICS if any(m in cell.predictions for cell in cells if not cell.diverged)]
+
+
 def _mean(cells: Sequence[Cell], name: str) -> str:
     values = [cell.metrics[name] for cell in cells if cell.metrics.get(name) is not None]
     return f"{sum(v for v in values if v is not None) / len(values):.3f}" if values else "-"
@@ -61,12 +67,13 @@ def _mean(cells: Sequence[Cell], name: str) -> str:
 
 def _table(results: Results, budget: str, paper: dict[str, Any]) -> list[str]:
     """The methods of one budget."""
-    columns = [*(NAMES[m] for m in METRICS), "position bias", "queries", "minutes", "seeds", "diverged"]
+    metrics = _known(results, budget)
+    columns = [*(NAMES[m] for m in metrics), "position bias", "queries", "minutes", "seeds", "diverged"]
     columns += ["paper"] if paper else []
     lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for method in results.methods(budget):
         cells = results.of(method, budget)
-        values = [_shown(results.mean(method, budget, metric), metric) for metric in METRICS]
+        values = [_shown(results.mean(method, budget, metric), metric) for metric in metrics]
         values += [_mean(cells, "position_bias"), f"{sum(c.query_steps for c in cells) / len(cells):.0f}"]
         values += [f"{sum(c.minutes for c in cells) / len(cells):.1f}", str(len(cells))]
         values += [str(sum(c.diverged for c in cells))] + ([str(paper.get(method, "-"))] if paper else [])
@@ -76,11 +83,12 @@ def _table(results: Results, budget: str, paper: dict[str, Any]) -> list[str]:
 
 def _differences(results: Results, budget: str, reference: str) -> list[str]:
     """What one method adds to every other."""
-    lines = [f"| {reference} minus | {' | '.join(NAMES[m] for m in METRICS)} |", "|---" * (len(METRICS) + 1) + "|"]
+    metrics = _known(results, budget)
+    lines = [f"| {reference} minus | {' | '.join(NAMES[m] for m in metrics)} |", "|---" * (len(metrics) + 1) + "|"]
     for method in results.methods(budget):
         if method != reference:
             sound = not any(cell.diverged for name in (method, reference) for cell in results.of(name, budget))
-            shown = [_shown(results.difference(method, reference, budget, m), m, True, sound) for m in METRICS]
+            shown = [_shown(results.difference(method, reference, budget, m), m, True, sound) for m in metrics]
             lines.append(f"| {method} | {' | '.join(shown)} |")
     return lines
 

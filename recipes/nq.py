@@ -22,6 +22,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("drorl.recipe")
 
+EMBEDDED_DATA = ("vitalqa", "vitalhop")
+
 
 @dataclass
 class ScriptArguments:
@@ -41,6 +44,7 @@ class ScriptArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "Base; smollm2-135m is embedded."})
     generator_model_name_or_path: str | None = field(default=None, metadata={"help": "A separate generator."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the base; auto measures on a CPU."})
+    embedded_data: str = field(default="vitalqa", metadata={"help": "vitalqa, or vitalhop: questions of two hops."})
     train_file: str | None = field(default=None, metadata={"help": "JSON lines: query, answers, candidates."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, for early stopping."})
     test_file: str | None = field(default=None, metadata={"help": "The same, for the final table."})
@@ -65,17 +69,19 @@ class ScriptArguments:
     def __post_init__(self) -> None:
         if self.model_name_or_path is None:
             raise ValueError("model_name_or_path is not set; use smollm2-135m, a folder or a name on the hub")
+        if self.embedded_data not in EMBEDDED_DATA:
+            raise ValueError(f"embedded_data must be one of {', '.join(EMBEDDED_DATA)}, not {self.embedded_data!r}")
         if self.lora_first_layer and not self.lora_target_modules:
             raise ValueError("lora_first_layer needs lora_target_modules, such as q_proj v_proj")
         if any((self.train_file, self.validation_file, self.test_file)):
             if not (self.train_file and self.test_file):
-                raise ValueError("train_file and test_file belong together; without any file VitalQA is used")
+                raise ValueError("train_file and test_file belong together; without any file embedded_data is used")
             if self.em_patience is not None and self.validation_file is None:
                 raise ValueError("em_patience needs a validation_file")
 
 
 def load_data(script: ScriptArguments):
-    """Returns the rows by split and what is known about them; without files, the embedded data set VitalQA."""
+    """Returns the rows by split and what is known about them; without files, those of an embedded data set."""
     files = {"train": script.train_file, "validation": script.validation_file, "test": script.test_file}
     files = {split: path for split, path in files.items() if path is not None}
     if files:
@@ -84,11 +90,11 @@ def load_data(script: ScriptArguments):
         return load_dataset("json", data_files=files), {"name": Path(script.train_file or "").name}
     from rich.console import Console
 
-    from drorl.data.vitalqa import load_vitalqa, print_facts, vitalqa_facts
-
-    rows = load_vitalqa()
-    print_facts(Console(stderr=True))
-    return rows, vitalqa_facts()
+    name = script.embedded_data
+    data = import_module(f"drorl.data.{name}")
+    rows = getattr(data, f"load_{name}")()
+    data.print_facts(Console(stderr=True))
+    return rows, getattr(data, f"{name}_facts")()
 
 
 def load_model(script: ScriptArguments):

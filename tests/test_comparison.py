@@ -1,6 +1,8 @@
 """Cells are kept whole, are not mixed up, and any two methods can be compared long after."""
 
+import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import multihop
 import numpy as np
 import pytest
 import torch
@@ -15,11 +18,22 @@ import yaml
 from compare import Grid, queries_of
 from compare_report import write_report
 from filelock import FileLock
+from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drorl.comparison import Cell, Results
 from drorl.errors import InvalidInputError
-from drorl.evaluation import evaluate_rows, position_bias, position_shares, ranked, score_permutations
+from drorl.evaluation import (
+    Record,
+    aggregate,
+    evaluate_rows,
+    gold_recalls,
+    per_question,
+    position_bias,
+    position_shares,
+    ranked,
+    score_permutations,
+)
 from drorl.statistics import crossed_bootstrap
 from drorl.trainer import DROTrainer
 
@@ -144,11 +158,11 @@ def test_a_report_shows_every_method_and_says_what_diverged(tmp_path: Path) -> N
         results.add(made("ppo", seed, [0.5, 0.4, 0.2, 0.6], diverged=seed == 3))
     (tmp_path / "compare.yaml").write_text("methods: {}")
     text = write_report(tmp_path, tmp_path).read_text()
-    assert "| dro | - | 92.5 [" in text
-    assert "| grpo | - | **+50.0 [" in text
+    assert "| dro | 92.5 [" in text
+    assert "| grpo | **+50.0 [" in text
     assert "| dro | 2.00 to 1.50 | - | 1.00 to 0.04 | 3 of 3 |" in text
     assert "| grpo | - | - | 0.04 to 0.08 | 1 of 3 |" in text
-    assert "| ppo | - | +50.0 [" in text  # no verdict on a method that may diverge
+    assert "| ppo | +50.0 [" in text  # no verdict on a method that may diverge
     assert "| 4 | 0.1 | 3 | 1 |" in text
     assert (tmp_path / "compare-4-queries.svg").stat().st_size > 1000
     with pytest.raises(InvalidInputError, match="holds no results"):
@@ -162,17 +176,48 @@ def test_a_report_shows_every_method_and_says_what_diverged(tmp_path: Path) -> N
 
 # --------------------------------------------------------------------------------------------------------- the systems
 def test_rankings_read_only_what_their_names_say(rows: Callable[..., Rows]) -> None:
-    """The retriever's order; an answer first; nothing; titles in the query; length: all against the same row."""
+    """The retriever's order; an answer, or what is marked, first; nothing; titles in the query; length: of one row."""
     [row] = rows(1, 5)
     row["candidates"][3]["title"] = "flows through"
     row["candidates"][4]["text"] += " It is long."
+    row["candidates"][2]["is_gold"] = row["candidates"][4]["is_gold"] = True
     gold = next(i for i, c in enumerate(row["candidates"]) if row["answers"][0] in c["text"])
     assert ranked(row, "retriever", 5) == [0, 1, 2, 3, 4]
     assert ranked(row, "oracle", 5) == [gold, *(i for i in range(5) if i != gold)]
+    assert ranked(row, "gold", 5) == [2, 4, 0, 1, 3]
     assert ranked(row, "closed_book", 5) == []
     assert ranked(row, "title", 5) == [3, 0, 1, 2, 4]
     assert ranked(row, "longest", 5)[0] == 4
     assert sorted(ranked(row, "longest", 4)) == [0, 1, 2, 3]  # beyond N a passage is not seen
+
+
+def test_all_gold_asks_for_every_gold_passage() -> None:
+    """The place of the last one in the order counts; one that is no candidate is never found; no gold, no value."""
+    golds = [{"id": str(i), "is_gold": i in (1, 3)} for i in range(5)]
+    row = {"candidates": golds, "metadata": {"gold_ids": ["1", "3"]}}
+    assert gold_recalls(row, [golds[i] for i in (3, 0, 1, 2, 4)]) == [0.0, 0.0, 1.0, 1.0, 1.0]
+    assert gold_recalls(row, golds[:3]) == [0.0, 0.0, 0.0]  # N = 3 leaves one of them out
+    assert gold_recalls({**row, "metadata": {"gold_ids": ["1", "3", "9"]}}, golds) == [0.0] * 5
+    assert gold_recalls({"candidates": [{"id": "1"}]}, [{"id": "1"}]) == []
+    record = Record("q", "", 0.0, 0.0, [0.0], 0.0, 0.0, [])
+    values = per_question([record, replace(record, all_gold=[0.0, 1.0])], "all_gold@2")
+    assert math.isnan(values[0]) and values[1] == 1.0
+    assert aggregate([record, replace(record, all_gold=[0.0, 1.0])])["all_gold@2"] == 1.0
+    assert "all_gold@2" not in aggregate([record])
+
+
+def test_the_recipe_of_two_hops_prints_means_and_paired_differences(tmp_path: Path) -> None:
+    """In per cent, of what the cells hold; a method without a metric has a dash."""
+    results = Results(tmp_path / "multihop.json")
+    for method, found in {"list-wise": [1.0, 1.0], "one by one": [0.0, 0.5]}.items():
+        predictions = {"prediction": ["x"] * 2, "all_gold@2": found}
+        results.add(made(method, 1, [0.0, 0.0], predictions=predictions))
+    console = Console(file=io.StringIO(), width=200)
+    for table in multihop.tables(results, "4 queries", "list-wise"):
+        console.print(table)
+    text = console.file.getvalue()  # ty: ignore[unresolved-attribute]
+    assert "100.0 [100.0, 100.0]" in text and "75.0 [" in text
+    assert "list-wise minus" in text and " - " in text
 
 
 def test_position_bias_tells_a_place_from_a_passage(
@@ -202,7 +247,7 @@ def test_position_bias_tells_a_place_from_a_passage(
 
 
 @pytest.mark.parametrize("num_selected", [1, 2])
-@pytest.mark.parametrize("identifiers", ["number", "query"])
+@pytest.mark.parametrize("identifiers", ["number", "query", "expanded_query"])
 def test_questions_that_are_asked_together_are_answered_as_alone(
     make_trainer: Callable[..., DROTrainer], rows: Callable[..., Rows], num_selected: int, identifiers: str
 ) -> None:

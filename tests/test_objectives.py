@@ -8,6 +8,7 @@ import torch
 from helpers import assert_same_gradients, gradients, through
 from peft import PeftModel
 from runs import GradientRecorder, adapter_state, assert_identical, base_state, smallest_move
+from test_trainer import record_rollouts
 from transformers import PreTrainedTokenizerFast
 
 import drorl.trainer
@@ -32,6 +33,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "ppo, epochs, KL": {"selector_objective": "ppo", "beta": 0.1, "num_iterations": 3},
     "ppo, checkpointing": {"selector_objective": "ppo", "beta": 0.1, "gradient_checkpointing": True},
     "pointwise": {"selector_objective": "pointwise", **FIRST},
+    "pointwise, K = 2": {"selector_objective": "pointwise", **FIRST, "num_selected": 2},
 }
 
 
@@ -48,6 +50,20 @@ def test_both_adapters_learn_by_every_objective(settings: dict[str, Any], make_t
     assert len(logged) == 4
     assert all(torch.isfinite(torch.tensor(list(entry.values()))).all() for entry in logged)
     assert ("kl" in logged[-1] or "critic/loss" in logged[-1]) == ("beta" in settings or "ppo" in str(settings))
+
+
+def test_pointwise_weights_are_of_single_passages(make_trainer: Make) -> None:
+    """Whatever K, each of the six candidates is weighed once, by what the generator says after it alone."""
+    settings = {**FIRST, "num_selected": 2, "max_steps": 1}
+    trainer = make_trainer(selector_objective="pointwise", identifiers="query", **settings)
+    rollouts = record_rollouts(trainer)
+    trainer.train()
+    assert rollouts
+    for _, rollout in rollouts:
+        assert rollout.permutations == [(i,) for i in range(6)]
+        assert rollout.proposal_logps is not None and rollout.proposal_logps.shape == (6, 1)
+        builder, shown = trainer.pipeline.generator_prompts, rollout.question.shown
+        assert rollout.contexts == [builder.generator(rollout.question.row["query"], [passage]) for passage in shown]
 
 
 # -------------------------------------------------------------------------------------------------------------- critic

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from transformers import PreTrainedTokenizerFast
 from drorl.adapters import SELECTOR, activate, adapter_parameters
 from drorl.engines.pipeline import saved_base
 from drorl.errors import InvalidInputError
+from drorl.permutations import prefixes_of
 from drorl.policy import SelectorPolicy
 from drorl.ppo import ValueHead
 from drorl.prompts import PromptBuilder, PromptTooLongError, SelectorPrompt
 from drorl.query_likelihood import QueryLikelihoods
 from drorl.rollouts import batches
+from drorl.settings import QUERY_LIKELIHOODS
 from drorl.trainer import DROTrainer
 
 POLICY = SelectorPolicy(temperature=2.5, retrieval_prior_weight=0.3)
@@ -93,6 +96,62 @@ def test_permutations_have_plackett_and_luces_probabilities(model: PeftModel, pr
         assert decisions.greedy()[0] == tuple(strengths[0].argsort(descending=True)[:K].tolist())
 
 
+@pytest.fixture
+def expanding(tokenizer: PreTrainedTokenizerFast, rows: Callable[..., list]) -> list[SelectorPrompt]:
+    """The prompts of two queries that what is chosen becomes a part of."""
+    builder = PromptBuilder(tokenizer, "expanded_query", K)
+    return [builder.selector(row["query"], row["candidates"]) for row in rows(2, N)]
+
+
+def expanded_by_hand(
+    model: PeftModel, prompt: SelectorPrompt, row: dict, z: tuple[int, ...], tokenizer: PreTrainedTokenizerFast
+) -> torch.Tensor:
+    """log p_s of each decision of a permutation: all sequences written out as text, scored by plain passes."""
+    decisions = []
+    for t in range(K):
+        query = " ".join([row["query"], *(row["candidates"][i]["text"] for i in z[:t])]) + tokenizer.eos_token
+        asked = tokenizer(query, add_special_tokens=False)["input_ids"]
+        left = [i for i in range(N) if i not in z[:t]]
+        scored = by_hand(model, replace(prompt, queries=[(prompt.queries[i][0], asked) for i in left]))
+        strengths = scored / 2.5 + 0.3 * torch.tensor([prompt.scores[i] for i in left], dtype=torch.float64)
+        decisions.append(torch.log_softmax(strengths, dim=0)[left.index(z[t])])
+    return torch.stack(decisions)
+
+
+def test_what_is_chosen_becomes_part_of_the_query(
+    model: PeftModel, expanding: list[SelectorPrompt], rows: Callable[..., list], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Every decision, its gradient, and the sum over all permutations, against passes over the texts: 1e-10."""
+    drawn = [[(0, 3, 1), (0, 3, 4), (4, 1, 2)], [(2, 0, 1), (2, 1, 0), (2, 0, 4)]]
+    decisions = QueryLikelihoods(POLICY, model, expanding)
+    actual = torch.stack([logps for logps, _ in decisions.permutation_logps(drawn)])
+    by_query = zip(expanding, rows(2, N), drawn, strict=True)
+    expected = torch.stack(
+        [torch.stack([expanded_by_hand(model, p, row, z, tokenizer) for z in of]) for p, row, of in by_query]
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+    weights = torch.linspace(-1, 2, actual.numel(), dtype=torch.float64).view_as(actual)
+    parameters = adapter_parameters(model, SELECTOR)
+    assert_same_gradients(
+        gradients((weights * actual).sum(), parameters), gradients((weights * expected).sum(), parameters), rtol=1e-9
+    )
+    with torch.no_grad():
+        every = torch.stack(
+            [logps for logps, _ in QueryLikelihoods(POLICY, model, expanding).permutation_logps([ALL] * 2)]
+        )
+    assert every.sum(dim=-1).exp().sum(dim=-1).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_with_one_choice_there_is_nothing_to_expand(
+    model: PeftModel, prompts: list[SelectorPrompt], expanding: list[SelectorPrompt]
+) -> None:
+    """The first decision is the same with both identifiers, the second is not."""
+    plain, expanded = (QueryLikelihoods(POLICY, model, p).logps([[(), (1,)]] * 2)[0] for p in (prompts, expanding))
+    torch.testing.assert_close(plain[0], expanded[0])
+    assert not torch.allclose(plain[1], expanded[1])
+
+
 def test_place_does_not_count(model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Callable) -> None:
     """Candidates in another order have the same probabilities."""
     [row] = rows(1, N)
@@ -136,10 +195,11 @@ def test_decisions_made_without_gradient_are_not_trained_on(model: PeftModel, pr
         decisions.permutation_logps([ALL, ALL])
 
 
+@pytest.mark.parametrize("identifiers", QUERY_LIKELIHOODS)
 @pytest.mark.parametrize("objective", ["dro", "grpo", "rloo", "reinforce", "ppo"])
-def test_every_objective_trains_it(objective: str, make_trainer: Make) -> None:
+def test_every_objective_trains_it(objective: str, identifiers: str, make_trainer: Make) -> None:
     """K = 2 of N = 6: both adapters move, every step."""
-    trainer = make_trainer(identifiers="query", selector_objective=objective, selector_temperature=4.0)
+    trainer = make_trainer(identifiers=identifiers, selector_objective=objective, selector_temperature=4.0)
     start = adapter_state(trainer.model, SELECTOR)
     trainer.train()
     end = adapter_state(trainer.model, SELECTOR)
@@ -161,14 +221,16 @@ def test_a_step_is_the_same_however_memory_is_spent(settings: dict, make_trainer
     assert_same_gradients(steps[1], steps[0], rtol=1e-4)
 
 
-def test_the_size_of_a_rollout_counts_passages_and_queries(make_trainer: Make) -> None:
+@pytest.mark.parametrize("identifiers", QUERY_LIKELIHOODS)
+def test_the_size_of_a_rollout_counts_passages_and_queries(identifiers: str, make_trainer: Make) -> None:
     """The tokens of the larger role, each once: here the selector's. A bound below them is refused."""
-    trainer = make_trainer(identifiers="query", max_steps=1)
+    trainer = make_trainer(identifiers=identifiers, max_steps=1)
     rollouts = record_rollouts(trainer)
     trainer.train()
     sizes = []
     for _, rollout in rollouts:
-        paths = [[*ids, *query] for ids, query in rollout.prompt.queries]
+        asked = [pair for z in prefixes_of(rollout.drawn) for pair in rollout.prompt.queries_after(z)]
+        paths = [[*ids, *query] for ids, query in asked]
         distinct = {tuple(path[:end]) for path in paths for end in range(1, len(path) + 1)}
         assert rollout.size == len(distinct)
         sizes.append(len(distinct))
@@ -208,3 +270,18 @@ def test_a_query_that_does_not_fit_is_refused(tokenizer: PreTrainedTokenizerFast
     )
     with pytest.raises(PromptTooLongError, match="shorten the query"):
         PromptBuilder(tokenizer, "query", K, max_prompt_tokens=40).selector(row["query"], row["candidates"])
+
+
+def test_there_is_room_for_what_may_be_chosen(tokenizer: PreTrainedTokenizerFast, rows: Callable[..., list]) -> None:
+    """With a window that cuts passages, no expanded query exceeds it."""
+    [row] = rows(1, N)
+    whole = PromptBuilder(tokenizer, "expanded_query", K).selector(row["query"], row["candidates"])
+
+    def longest(prompt: SelectorPrompt) -> int:
+        return max(
+            len(ids) + len(query) for z in permutations(range(N), K - 1) for ids, query in prompt.queries_after(z)
+        )
+
+    window = longest(whole) - 3
+    cut = PromptBuilder(tokenizer, "expanded_query", K, max_prompt_tokens=window)
+    assert longest(cut.selector(row["query"], row["candidates"])) <= window

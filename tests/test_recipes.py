@@ -48,7 +48,9 @@ def test_every_shipped_configuration_parses(recipe, path):
 
 def test_the_command_line_beats_the_file(recipe):
     """A flag overrides the YAML file, which overrides the default."""
-    script, config = parse(recipe, "--config", CONFIGS[0], "--max_steps", "3", "--max_minutes", "1.5")
+    script, config = parse(
+        recipe, "--config", RECIPES / "configs" / "nq_demo.yaml", "--max_steps", "3", "--max_minutes", "1.5"
+    )
     assert (config.max_steps, script.max_minutes) == (3, 1.5)
     assert config.identifiers == "query" != DROConfig.identifiers
 

@@ -14,15 +14,17 @@ Punct = Enum("Punct", {name: name for name in ("delete", "space")})
 
 @app.command()
 def setup() -> None:
-    """Build the embedded model and data set into the cache (DRORL_CACHE) and print what they hold."""
+    """Build the embedded model and data sets into the cache (DRORL_CACHE) and print what they hold."""
     from rich.console import Console
 
-    from ..data.vitalqa import load_vitalqa, print_facts
+    from ..data import vitalhop, vitalqa
     from ..models import build_smollm2
 
-    load_vitalqa()
+    vitalqa.load_vitalqa()
+    vitalhop.load_vitalhop()
     typer.echo(f"model: {build_smollm2()}")
-    print_facts(Console())
+    for data in (vitalqa, vitalhop):
+        data.print_facts(Console())
 
 
 @app.command()

