@@ -41,9 +41,9 @@ class ScriptArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "Base; smollm2-135m is embedded."})
     generator_model_name_or_path: str | None = field(default=None, metadata={"help": "A separate generator."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the base; auto measures on a CPU."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON lines: query, answers, candidates."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, for early stopping."})
-    test_file: str | None = field(default=None, metadata={"help": "The same, for the final table."})
+    train_file: str | None = field(default=None, metadata={"help": "Rows: whatever drorl prepare reads."})
+    validation_file: str | None = field(default=None, metadata={"help": "Rows for early stopping."})
+    test_file: str | None = field(default=None, metadata={"help": "Rows for the final table."})
     num_eval_questions: int | None = field(default=None, metadata={"help": "Held-out questions; default: all."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters."})
@@ -79,9 +79,9 @@ def load_data(script: ScriptArguments):
     files = {"train": script.train_file, "validation": script.validation_file, "test": script.test_file}
     files = {split: path for split, path in files.items() if path is not None}
     if files:
-        from datasets import load_dataset
+        from drorl.data.load import load_rows
 
-        return load_dataset("json", data_files=files), {"name": Path(script.train_file or "").name}
+        return {split: load_rows(path, split) for split, path in files.items()}, {"name": script.train_file}
     from rich.console import Console
 
     from drorl.data.vitalqa import load_vitalqa, print_facts, vitalqa_facts
