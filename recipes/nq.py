@@ -6,7 +6,7 @@ On a bare machine, with the embedded model and data (2 CPU cores, no GPU, no hub
 
 With the paper's settings on GPUs (nobody has run this yet):
 
-    accelerate launch recipes/nq.py --config recipes/configs/nq_llama3_8b.yaml \
+    accelerate launch recipes/nq.py --config recipes/configs/nq.yaml \
         --train_file train.jsonl --validation_file validation.jsonl --test_file test.jsonl
 
 The command line beats the YAML file. Three steps: a supervised warm-up from the retriever's order alone (of both
