@@ -37,7 +37,11 @@ def nq_train(i: int) -> Record:
 
 
 def hotpotqa(i: int) -> Record:
-    yes_no = {"question": f"Is the {RIVERS[i]} in {CITIES[i]}?", "answer": "yes", "type": "comparison"}
+    yes_no = {
+        "question": f"Is the {RIVERS[i]} a river that flows through {CITIES[i]}?",
+        "answer": "yes",
+        "type": "comparison",
+    }
     asked = yes_no if i % 3 == 0 else {"question": question(i), "answer": RIVERS[i], "type": "bridge"}
     facts = [[RIVERS[i], 0], [CITIES[i], 1]]
     return {"_id": f"5a{i}", **asked, "level": "hard", "supporting_facts": facts, "context": paragraphs(i)}

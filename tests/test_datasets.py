@@ -63,8 +63,18 @@ def test_from_raw_files_to_a_trained_run(raw: Path, name: str, tiny_model, token
     make_rows(name)
     tiny_model().save_pretrained(raw / "model")
     tokenizer.save_pretrained(raw / "model")
-    changed: dict[str, Any] = {"max_steps": 2, "gradient_accumulation_steps": 1, "warmup_queries": 4, "bf16": False}
-    changed |= {"model_name_or_path": raw / "model", "generator_model_name_or_path": raw / "model", "lora_r": 2}
+    changed: dict[str, Any] = {
+        "max_steps": 2,
+        "gradient_accumulation_steps": 1,
+        "warmup_queries": 4,
+        "max_answer_length": 4,
+    }
+    changed |= {
+        "model_name_or_path": raw / "model",
+        "generator_model_name_or_path": raw / "model",
+        "lora_r": 2,
+        "bf16": False,
+    }
     flags = [part for key, value in {**changed, "dtype": "float32"}.items() for part in (f"--{key}", str(value))]
     parser = TrlParser((nq.ScriptArguments, DROConfig))
     script, config = parser.parse_args_and_config(["--config", str(CONFIGS / f"{name}.yaml"), *flags])

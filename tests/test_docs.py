@@ -64,8 +64,8 @@ def test_the_commands_run(tmp_path: Path, tiny_model, tokenizer) -> None:
     """From files as the page shows them to a trained run and its scores; a tiny model stands for the embedded one."""
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    flags = "--model_name_or_path model --lora_first_layer 1 --dtype float32 --warmup_queries 4 --max_steps 2"
-    check(tmp_path, follow(tmp_path, flags))
+    flags = "--model_name_or_path model --dtype float32 --lora_first_layer 1 --max_answer_length 4"
+    check(tmp_path, follow(tmp_path, f"{flags} --warmup_queries 4 --max_steps 2"))
 
 
 @pytest.mark.slow
