@@ -48,7 +48,9 @@ def test_every_shipped_configuration_parses(recipe, path):
 
 def test_the_command_line_beats_the_file(recipe):
     """A flag overrides the YAML file, which overrides the default."""
-    script, config = parse(recipe, "--config", CONFIGS[0], "--max_steps", "3", "--max_minutes", "1.5")
+    script, config = parse(
+        recipe, "--config", RECIPES / "configs/nq_demo.yaml", "--max_steps", "3", "--max_minutes", "1.5"
+    )
     assert (config.max_steps, script.max_minutes) == (3, 1.5)
     assert config.identifiers == "query" != DROConfig.identifiers
 
@@ -204,5 +206,5 @@ def test_a_bad_row_is_named_before_anything_runs(recipe, flags, monkeypatch, cap
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(sys, "argv", ["nq.py", *map(str, flags)])
     assert recipe.run() == 2
-    assert "row 3, field 'answers'" in caplog.text
+    assert "row 4, field 'answers'" in caplog.text
     assert not (tmp_path / "run/records").exists()
