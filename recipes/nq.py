@@ -4,10 +4,10 @@ On a bare machine, with the embedded model and data (2 CPU cores, no GPU, no hub
 
     accelerate launch recipes/nq.py --config recipes/configs/nq_demo.yaml --max_minutes 25
 
-With the paper's settings on GPUs (nobody has run this yet):
+With the paper's settings on GPUs (nobody has run this yet); nq, hotpotqa, 2wiki, musique and wow each begin with the
+commands that make their rows:
 
-    accelerate launch recipes/nq.py --config recipes/configs/nq.yaml \
-        --train_file train.jsonl --validation_file validation.jsonl --test_file test.jsonl
+    accelerate launch recipes/nq.py --config recipes/configs/nq.yaml
 
 The command line beats the YAML file. Three steps: a supervised warm-up from the retriever's order alone (of both
 adapters, or of the generator's if `warmup_selector` is false), DRO, and an evaluation of the warm-up, of DRO and of
