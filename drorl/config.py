@@ -6,6 +6,7 @@ import torch
 from trl import GRPOConfig
 
 from .losses import ADVANTAGES, WEIGHTED
+from .metrics import PRESETS, MetricSettings
 from .settings import QUERY_LIKELIHOODS, DROSettings
 
 SCALES = ("group", "none")
@@ -114,6 +115,10 @@ class DROConfig(DROSettings, GRPOConfig):
             the generator. Above 0 the answer is scored without a graph first, and with one where the weight is not
             negligible, which is less work when few of the m are. 0 is exact, in one pass.
         generator_learning_rate (`float`, *optional*): default: `learning_rate`, which is the selector's.
+
+    Parameters that control evaluation
+
+        metric_preset (`str`, *optional*, defaults to `"kilt"`): whose exact match and F1, see [`metrics.PRESETS`].
     """
 
     def __post_init__(self) -> None:
@@ -133,6 +138,11 @@ class DROConfig(DROSettings, GRPOConfig):
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
         self._check_combinations()
+
+    @property
+    def metrics(self) -> MetricSettings:
+        """What `metric_preset` stands for."""
+        return PRESETS[self.metric_preset]
 
     def _check_choices(self) -> None:
         for setting in fields(DROSettings):

@@ -16,7 +16,7 @@ from rich.progress import track
 from .adapters import GENERATOR
 from .answers import answer_logps, scored_answers
 from .errors import InvalidInputError
-from .metrics import contains_answer, exact_match, f1, normalize_answer
+from .metrics import KILT, MetricSettings, contains_answer, exact_match, f1, normalize_answer
 from .permutations import Permutation
 from .pipeline import Passage, RAGPipeline
 from .weights import iw_elbo, log_importance_weights
@@ -90,6 +90,7 @@ def evaluate_rows(
     ranking: str | None = None,
     batch_size: int = 16,
     description: str | None = None,
+    metrics: MetricSettings = KILT,
 ) -> list[Record]:
     """Returns one record per row, decoded greedily.
 
@@ -102,6 +103,7 @@ def evaluate_rows(
         ranking (`str`, *optional*): see [`ranked`]: no selector, and no bound. Default: the selector.
         batch_size (`int`): answers generated together.
         description (`str`, *optional*): shows a progress bar with this text.
+        metrics ([`MetricSettings`]): of exact match and F1; recall is always KILT's.
 
     With several processes each takes its share, and all return all records.
     """
@@ -113,7 +115,7 @@ def evaluate_rows(
     with pipeline.evaluating():
         while block := list(islice(progress, batch_size)):
             chosen = [_select(pipeline, part, answer_target, num_samples, ranking) for part in _parts(block)]
-            records += _answer(pipeline, [*chain.from_iterable(chosen)])
+            records += _answer(pipeline, [*chain.from_iterable(chosen)], metrics)
     gathered = gather_object([records])
     return [gathered[i % state.num_processes][i // state.num_processes] for i in range(len(rows))]
 
@@ -174,7 +176,7 @@ def _select(
     return chosen
 
 
-def _answer(pipeline: RAGPipeline, block: Sequence[Ranked]) -> list[Record]:
+def _answer(pipeline: RAGPipeline, block: Sequence[Ranked], metrics: MetricSettings) -> list[Record]:
     passages, k = [[row["candidates"][i] for i in order] for row, order, _, _ in block], pipeline.settings.num_selected
     pairs = zip(block, passages, strict=True)
     contexts = [pipeline.generator_prompts.generator(row["query"], p[:k]) for (row, *_), p in pairs]
@@ -183,8 +185,8 @@ def _answer(pipeline: RAGPipeline, block: Sequence[Ranked]) -> list[Record]:
         Record(
             query=row["query"],
             prediction=prediction,
-            exact_match=exact_match(prediction, row["answers"]),
-            f1=f1(prediction, row["answers"]),
+            exact_match=exact_match(prediction, row["answers"], metrics),
+            f1=f1(prediction, row["answers"], metrics),
             recall=recalls(ordered, row["answers"]),
             answer_logp=answer_logp,
             iw_elbo=bound,

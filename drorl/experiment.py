@@ -47,8 +47,9 @@ class Experiment:
     goes on where it stopped.
 
     Args:
-        config ([`DROConfig`]): of the run; `records/<system>.json`, `summary.json` and `examples.json` go to its
-            `output_dir`, and every system's `iw_elbo` takes its `num_generations` samples.
+        config ([`DROConfig`]): of the run; `records/<system>.json`, `predictions/<system>.jsonl` (for `drorl score`),
+            `summary.json` and `examples.json` go to its `output_dir`, and every system's `iw_elbo` takes its
+            `num_generations` samples.
         rows (`Dataset`): held-out questions.
     """
 
@@ -85,23 +86,31 @@ class Experiment:
             records = self._evaluate(label, pipeline, ranking, seconds)
             self.seconds[name] = time.monotonic() - start
             kept = {"key": key, "seconds": self.seconds[name], "records": [dataclasses.asdict(r) for r in records]}
-            self._write(path, kept)
+            self._write(path, _indented(kept))
         self.rows = self.rows.select(range(len(records)))
+        self._write(self.run_dir / "predictions" / f"{name}.jsonl", self._predictions(records))
         self.systems[name] = (label, records)
         return records
+
+    def _predictions(self, records: Sequence[Record]) -> str:
+        """Returns what `drorl score` reads."""
+        pairs = zip(records, self.rows["answers"], strict=True)
+        lines = ({"query": r.query, "prediction": r.prediction, "answers": answers} for r, answers in pairs)
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def _key(self, pipeline: RAGPipeline, name: str) -> dict[str, Any]:
         """What a system's records depend on; records with another key are not used again."""
         adapters = {role: float(sum(p.detach().float().norm() for p in pipeline.parameters(role))) for role in ROLES}
         settings = dataclasses.asdict(pipeline.settings)
-        return {"system": name, "settings": settings, "answer_target": self.answer_target, "adapters": adapters}
+        asked = {"answer_target": self.answer_target, "metric_preset": self.config.metric_preset}
+        return {"system": name, "settings": settings, **asked, "adapters": adapters}
 
-    def _write(self, path: Path, content: Any) -> None:
-        """Writes JSON aside and renames it, from the main process alone."""
+    def _write(self, path: Path, text: str) -> None:
+        """Writes a text aside and renames it, from the main process alone."""
         if PartialState().is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps(content, indent=2, default=str) + "\n")
+            aside.write_text(text)
             aside.replace(path)
 
     def _evaluate(self, label: str, pipeline: RAGPipeline, ranking: str | None, seconds: float | None) -> list[Record]:
@@ -115,7 +124,8 @@ class Experiment:
                 break
             part = self.rows.select(range(first, min(first + block, len(self.rows))))
             text = f"{label}: questions {first + 1}-{first + len(part)} of {len(self.rows)}"
-            records += evaluate_rows(pipeline, part, self.answer_target, self.num_samples, ranking, description=text)
+            scored = self.answer_target, self.num_samples, ranking
+            records += evaluate_rows(pipeline, part, *scored, description=text, metrics=self.config.metrics)
         return records
 
     def examples(self, name: str, pipeline: RAGPipeline, count: int = 3) -> list[dict[str, Any]]:
@@ -181,8 +191,12 @@ class Experiment:
             "delta": {metric: _difference(*pair, metric) for metric in METRICS},
         }
         for name, content in (("summary", summary), ("log_history", log_history), ("examples", examples)):
-            self._write(self.run_dir / f"{name}.json", content)
+            self._write(self.run_dir / f"{name}.json", _indented(content))
         return summary
+
+
+def _indented(content: Any) -> str:
+    return json.dumps(content, indent=2, default=str) + "\n"
 
 
 def warmup_config(

@@ -156,7 +156,8 @@ class TwoRoleTrainer(AtomicCheckpoints):
         rows = self.eval_dataset if eval_dataset is None else self._rows(eval_dataset, self.args)
         if rows is None:
             raise ValueError("evaluate() needs an eval_dataset")
-        self.last_records = evaluate_rows(self.pipeline, rows, self.args.answer_target, self.args.num_generations)
+        scored = self.args.answer_target, self.args.num_generations
+        self.last_records = evaluate_rows(self.pipeline, rows, *scored, metrics=self.args.metrics)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in aggregate(self.last_records).items()}
         with self.pipeline.evaluating():  # `log` names the metrics after the mode
             self.log(dict(metrics))

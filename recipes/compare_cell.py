@@ -165,9 +165,10 @@ def evaluated(
     from drorl.evaluation import evaluate_rows, position_bias, position_shares
 
     config, pipeline = trainer.args, trainer.pipeline
-    samples = config.answer_target, config.num_generations
+    scored = config.answer_target, config.num_generations, ranking
     try:
-        metrics, predictions = describe(evaluate_rows(pipeline, questions, *samples, ranking, description=name))
+        records = evaluate_rows(pipeline, questions, *scored, description=name, metrics=config.metrics)
+        metrics, predictions = describe(records)
         if ranking is None:
             asked = questions.select(range(min(POSITION_QUESTIONS, len(questions))))
             metrics["position_bias"] = position_bias(position_shares(pipeline, asked))

@@ -4,10 +4,10 @@ On a bare machine, with the embedded model and data (2 CPU cores, no GPU, no hub
 
     accelerate launch recipes/nq.py --config recipes/configs/nq_demo.yaml --max_minutes 25
 
-With the paper's settings on GPUs (nobody has run this yet):
+With the paper's settings on GPUs (nobody has run this yet); nq, hotpotqa, 2wiki, musique and wow each begin with the
+commands that make their rows:
 
-    accelerate launch recipes/nq.py --config recipes/configs/nq_llama3_8b.yaml \
-        --train_file train.jsonl --validation_file validation.jsonl --test_file test.jsonl
+    accelerate launch recipes/nq.py --config recipes/configs/nq.yaml
 
 The command line beats the YAML file. Three steps: a supervised warm-up from the retriever's order alone (of both
 adapters, or of the generator's if `warmup_selector` is false), DRO, and an evaluation of the warm-up, of DRO and of
@@ -45,9 +45,9 @@ class ScriptArguments:
     generator_model_name_or_path: str | None = field(default=None, metadata={"help": "A separate generator."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the base; auto measures on a CPU."})
     embedded_data: str = field(default="vitalqa", metadata={"help": "vitalqa, or vitalhop: questions of two hops."})
-    train_file: str | None = field(default=None, metadata={"help": "JSON lines: query, answers, candidates."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, for early stopping."})
-    test_file: str | None = field(default=None, metadata={"help": "The same, for the final table."})
+    train_file: str | None = field(default=None, metadata={"help": "Rows: whatever drorl prepare reads."})
+    validation_file: str | None = field(default=None, metadata={"help": "Rows for early stopping."})
+    test_file: str | None = field(default=None, metadata={"help": "Rows for the final table."})
     num_eval_questions: int | None = field(default=None, metadata={"help": "Held-out questions; default: all."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters."})
@@ -85,9 +85,9 @@ def load_data(script: ScriptArguments):
     files = {"train": script.train_file, "validation": script.validation_file, "test": script.test_file}
     files = {split: path for split, path in files.items() if path is not None}
     if files:
-        from datasets import load_dataset
+        from drorl.data.load import load_rows
 
-        return load_dataset("json", data_files=files), {"name": Path(script.train_file or "").name}
+        return {split: load_rows(path, split) for split, path in files.items()}, {"name": script.train_file}
     from rich.console import Console
 
     name = script.embedded_data

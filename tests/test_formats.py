@@ -103,6 +103,11 @@ def test_hotpotqa_in_its_three_shapes(tmp_path: Path) -> None:
         }
         flashrag = {"id": "5a8b", "question": HOTPOT["question"], "golden_answers": ["yes"], "metadata": metadata}
         assert only(tmp_path, flashrag)["candidates"] == row["candidates"]
+        assert only(tmp_path, flashrag)["metadata"]["gold_titles"] == row["metadata"]["gold_titles"]
+    assert row["metadata"]["gold_titles"] == ["Scott Derrickson", "Ed Wood"]
+    unknown = only(tmp_path, {**HOTPOT, "supporting_facts": []})  # that is no statement about any passage
+    assert "gold_titles" not in unknown["metadata"]
+    assert not any("is_gold" in c for c in unknown["candidates"])
 
 
 def test_2wiki_knows_the_aliases_of_its_answers(tmp_path: Path) -> None:
@@ -123,6 +128,7 @@ def test_musique_counts_only_what_can_be_answered(tmp_path: Path) -> None:
     [row] = reading
     assert (row["answers"], reading.skipped) == (["Rome", "Roma"], {"not answerable": 1})
     assert [c["is_gold"] for c in row["candidates"]] == [True, False, True]
+    assert row["metadata"]["gold_titles"] == ["Acme", "Bo"]
     assert len(read(path, options={"keep_unanswerable": True})) == 2
 
 
@@ -154,6 +160,7 @@ def test_dpr_in_its_three_shapes(tmp_path: Path) -> None:
         row = only(tmp_path, biencoder)
         places.append([c["id"] for c in row["candidates"]].index("1"))
         assert len(row["candidates"]) == 8 and not any("score" in c for c in row["candidates"])
+        assert row["metadata"] == {"gold_ids": ["1"]}
         assert row == only(tmp_path, biencoder)
     assert min(places) == 0 and max(places) == 7 and len(set(places)) > 5
 

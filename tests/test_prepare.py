@@ -178,3 +178,15 @@ def test_beir_and_trec(tmp_path: Path) -> None:
     )
     assert run(app, ["prepare", "--output", str(tmp_path / "x"), "--input", "y", "--run", "z"]).exit_code == 2
     assert not list(tmp_path.glob("*x*"))  # what failed at once leaves nothing behind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, rows, least", [("hotpotqa", 12_000, 20_000), ("questions", 200_000, 200_000)])
+def test_reading_is_fast_and_flat(name: str, rows: int, least: int) -> None:
+    """Rows a minute on one core, as the benchmark measures them; four times as many take no more memory."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, root / "benchmarks" / "reading.py", "--format", name, "--rows", str(rows)]
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["all"]["rows_per_minute"] >= least
+    assert figures["all"]["peak_mib"] <= 1.1 * figures["quarter"]["peak_mib"]

@@ -206,5 +206,5 @@ def test_a_bad_row_is_named_before_anything_runs(recipe, flags, monkeypatch, cap
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(sys, "argv", ["nq.py", *map(str, flags)])
     assert recipe.run() == 2
-    assert "row 3, field 'answers'" in caplog.text
+    assert "row 4, field 'answers'" in caplog.text
     assert not (tmp_path / "run/records").exists()

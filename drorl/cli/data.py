@@ -29,12 +29,12 @@ def setup() -> None:
 
 @app.command()
 def prepare(
-    input: Annotated[Path, typer.Option(help="Questions, in any format that people keep them in, or a BEIR folder.")],
+    input: Annotated[Path, typer.Option(help="Questions in any format, a BEIR folder, or a data set of the hub.")],
     output: OutputOption,
     format: FormatOption = "auto",
     aliases: Annotated[Path | None, typer.Option(help="2Wiki's id_aliases.json.")] = None,
     keep_unanswerable: Annotated[bool, typer.Option("--keep-unanswerable", help="MuSiQue's other half.")] = False,
-    split: Annotated[str, typer.Option(help="Of a BEIR folder.")] = "test",
+    split: Annotated[str, typer.Option(help="Of a BEIR folder or a data set.")] = "test",
     run: Annotated[Path | None, typer.Option(help="Candidates from a TREC run; needs --corpus.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="The passages of the run.")] = None,
     qrels: Annotated[Path | None, typer.Option(help="TREC's judgements: which candidates are gold.")] = None,

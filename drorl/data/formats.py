@@ -11,7 +11,7 @@ then they are shuffled, by their row's id. Sources of the formats: see each func
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,20 @@ def title_and_text(contents: str) -> tuple[str, str]:
     return (title.strip().strip('"'), text.strip()) if text.strip() else ("", contents.strip())
 
 
-def _paragraphs(context: object, supporting: object) -> list[Row]:
+def _supporting(facts: object) -> list[str]:
+    """The titles of HotpotQA's supporting facts: pairs with a number (its own files), or a record of lists."""
+    if isinstance(facts, dict):
+        return list(map(str, list_of(facts, "title")))
+    return [str(fact[0]) for fact in facts or [] if isinstance(fact, list) and fact]  # ty: ignore[not-iterable]
+
+
+def _golds(field: str, names: Iterable[object]) -> Row:
+    """What `drorl retrieve` marks passages by, `gold_titles` or `gold_ids`; nothing where a data set names none."""
+    known = list(dict.fromkeys(str(name) for name in names if isinstance(name, (str, int))))
+    return {field: known} if known else {}
+
+
+def _paragraphs(context: object, gold: Sequence[str]) -> list[Row]:
     """HotpotQA's context: pairs (its own files), or a record of lists (hub, FlashRAG; 2Wiki says `content`)."""
     if isinstance(context, dict):
         sentences = context.get("sentences", context.get("content"))
@@ -46,17 +59,13 @@ def _paragraphs(context: object, supporting: object) -> list[Row]:
         pairs = context
     else:
         raise Problem("context", "no paragraphs", context)
-    if isinstance(supporting, dict):
-        gold = set(map(str, list_of(supporting, "title")))
-    else:
-        gold = {str(fact[0]) for fact in supporting or [] if isinstance(fact, list) and fact}  # ty: ignore[not-iterable]
     found = []
     for title, sentences in pairs:
         if not isinstance(title, str) or not isinstance(sentences, list):
             raise Problem("context", "no title with its sentences", [title, sentences])
         text = " ".join(str(sentence).strip() for sentence in sentences).strip()
         if text:  # HotpotQA has empty paragraphs
-            found.append(candidate(title, text, is_gold=title in gold))
+            found.append(candidate(title, text, is_gold=title in gold if gold else None))
     return found
 
 
@@ -119,6 +128,7 @@ def dpr_row(record: Row) -> Row:
         "query": query,
         "answers": answers_of(record.get("answers"), "answers"),
         "candidates": shuffled(list(candidates.values()), query),
+        "metadata": _golds("gold_ids", (c.get("id") for c in candidates.values() if c["is_gold"])),
     }
 
 
@@ -127,13 +137,13 @@ def hotpotqa_row(record: Row, aliases: Mapping[str, Sequence[str]] | None = None
     row_id = record.get("_id", record.get("id"))
     answer_id = record.get("answer_id")
     more = (aliases or {}).get(answer_id, ()) if isinstance(answer_id, str) else ()
-    names = ("type", "level", "evidences", "supporting_facts")
+    names, gold = ("type", "level", "evidences", "supporting_facts"), _supporting(record.get("supporting_facts"))
     return {
         "id": row_id,
         "query": text_of(record, "question"),
         "answers": answers_of([record.get("answer"), *more], "answer"),
-        "candidates": _paragraphs(record.get("context"), record.get("supporting_facts")),
-        "metadata": {name: record[name] for name in names if name in record},
+        "candidates": _paragraphs(record.get("context"), gold),
+        "metadata": {name: record[name] for name in names if name in record} | _golds("gold_titles", gold),
     }
 
 
@@ -150,7 +160,8 @@ def musique_row(record: Row, keep_unanswerable: bool = False) -> Row:
         "query": text_of(record, "question"),
         "answers": answers_of([record.get("answer"), *list_of(record, "answer_aliases", [])], "answer"),
         "candidates": passages,
-        "metadata": {"answerable": record.get("answerable", True)},
+        "metadata": {"answerable": record.get("answerable", True)}
+        | _golds("gold_titles", (p["title"] for p in passages if p["is_gold"])),
     }
 
 
@@ -163,7 +174,7 @@ def kilt_row(record: Row) -> Row:
         "query": text_of(record, "input"),
         "answers": answers_of([o["answer"] for o in outputs if o.get("answer")], "output"),
         "candidates": [],
-        "metadata": {"gold_titles": list(dict.fromkeys(p for p in pages if isinstance(p, str)))},
+        "metadata": _golds("gold_titles", pages),
     }
 
 
@@ -172,13 +183,14 @@ def flashrag_row(record: Row) -> Row:
     metadata = record.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise Problem("metadata", "no record", metadata)
-    context = metadata.get("context")
+    context, gold = metadata.get("context"), _supporting(metadata.get("supporting_facts"))
     return {
         "id": record.get("id"),
         "query": text_of(record, "question"),
         "answers": answers_of(record.get("golden_answers"), "golden_answers"),
-        "candidates": _paragraphs(context, metadata.get("supporting_facts")) if context else [],
-        "metadata": {name: value for name, value in metadata.items() if name != "context"},
+        "candidates": _paragraphs(context, gold) if context else [],
+        "metadata": {name: value for name, value in metadata.items() if name != "context"}
+        | _golds("gold_titles", gold),
     }
 
 

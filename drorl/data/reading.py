@@ -3,15 +3,18 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
+
+from datasets import Dataset
 
 from drorl.errors import InvalidInputError
 
 from .fields import LeftOut, Problem, Row
 from .files import Record, records
 from .formats import PASSAGES, ROWS, Format, format_of
+from .hub import dataset_records, is_dataset, open_dataset
 from .rows import RowError, problem_of
 from .trec import beir_records
 
@@ -21,12 +24,12 @@ class Reading:
     """Rows or passages of a file, one by one as they are asked for, and a count of what was not one.
 
     Args:
-        path (`Path`): the file.
+        path (`Path`): a file, a folder (BEIR's, or of `datasets`), or the name of a data set on the hub, see [`hub`].
         formats (`Mapping`): `ROWS` or `PASSAGES`.
         format (`str`): a name among them; `auto` takes the first that the first record fits.
         on_error (`str`): `fail` raises at the first record that is not whole, `skip` leaves it out and counts it.
         options (`dict`): what else the format's function takes: `aliases` of 2wiki, `keep_unanswerable` of musique.
-        split (`str`): of a BEIR folder.
+        split (`str`): of a BEIR folder or a data set.
         start (`int`): so many records are passed over, and not looked at.
         skipped (`Counter`): how many records were left out, and why.
         number (`int`): of the last record that was read, from 1.
@@ -79,16 +82,27 @@ class Reading:
                 continue
             yield record
 
-    def _records(self) -> Iterator[Record]:
-        is_beir = self.path.is_dir() and self.formats is ROWS
-        return beir_records(self.path, self.split) if is_beir else records(self.path)
+    @cached_property
+    def _is_beir(self) -> bool:
+        return self.formats is ROWS and any((self.path / name).exists() for name in ("queries.jsonl", "qrels"))
 
-    @property
+    @cached_property
+    def _dataset(self) -> Dataset | None:
+        return open_dataset(self.path, self.split) if is_dataset(self.path) and not self._is_beir else None
+
+    def _records(self) -> Iterator[Record]:
+        if self._dataset is not None:
+            return dataset_records(self._dataset)
+        return beir_records(self.path, self.split) if self._is_beir else records(self.path)
+
+    @cached_property
     def depends(self) -> list[Any]:
         """What the rows depend on, as JSON: files by their paths, sizes and times."""
         path = self.path.resolve()
-        files = [path / "queries.jsonl", path / "qrels" / f"{self.split}.tsv"] if path.is_dir() else [path]
-        stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+        files = [path / "queries.jsonl", path / "qrels" / f"{self.split}.tsv"] if self._is_beir else [path]
+        stats: list[Any] = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+        if self._dataset is not None:
+            stats = [self._dataset._fingerprint]
         return [stats, self.format, self.on_error, self.options, self.split]
 
     def _reader(self, record: object) -> Callable[[Any], Row]:
