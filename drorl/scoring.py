@@ -33,7 +33,7 @@ def score_file(path: Path, settings: MetricSettings = KILT, on_error: str = "fai
         found = record if isinstance(record, RowError) else _pair(record, number)
         if isinstance(found, RowError):
             if on_error == "fail":
-                raise found
+                raise found.of(path)
             skipped[found.kind] += 1
             continue
         n += 1

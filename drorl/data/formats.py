@@ -301,6 +301,8 @@ class Format:
     fields: frozenset[str]
     read: Callable[..., Row]
     has_answers: bool = True
+    quoted: bool = True
+    """Of a table: whether a cell may stand in quotes."""
 
     def fits(self, record: object) -> bool:
         """Whether a record may be of this format. A table's is a list of cells."""
@@ -330,7 +332,7 @@ ROWS: dict[str, Format] = {  # the first that fits is taken: what has more field
     "bare-query": _format("query", plain_row, has_answers=False),
     "beir": _format("_id text gold_ids", beir_row, has_answers=False),
     "qa-table": Format(frozenset(), table_row),
-    "topics": Format(frozenset(), topic_row, has_answers=False),  # to be named: it looks like any table
+    "topics": Format(frozenset(), topic_row, has_answers=False, quoted=False),  # to be named: it looks like any table
 }
 PASSAGES: dict[str, Format] = {
     "flashrag-corpus": _format("contents", flashrag_passage),

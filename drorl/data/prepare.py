@@ -18,7 +18,7 @@ from .shards import Shards
 
 SHARD_ROWS = 2_000
 FLASHRAG_2WIKI = 15_000
-VERSION = 1
+VERSION = 2
 """Raised when a reader makes other rows of the same file."""
 
 

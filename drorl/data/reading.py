@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 from drorl.errors import InvalidInputError
 
-from .fields import LeftOut, Problem, Row
+from .fields import LeftOut, Problem, Row, list_of
 from .files import Record, records
 from .formats import PASSAGES, ROWS, Format, format_of
 from .rows import RowError, problem_of
@@ -74,14 +75,15 @@ class Reading:
                     record = self._checked(row, number)
             if isinstance(record, RowError):
                 if self.on_error == "fail":
-                    raise record
+                    raise record.of(self.path)
                 self.skipped[record.kind] += 1
                 continue
             yield record
 
     def _records(self) -> Iterator[Record]:
         is_beir = self.path.is_dir() and self.formats is ROWS
-        return beir_records(self.path, self.split) if is_beir else records(self.path)
+        quoted = self.format == "auto" or self.formats[self.format].quoted
+        return beir_records(self.path, self.split) if is_beir else records(self.path, quoted)
 
     @property
     def depends(self) -> list[Any]:
@@ -94,8 +96,10 @@ class Reading:
     def _reader(self, record: object) -> Callable[[Any], Row]:
         if self.format == "auto":
             self.format = format_of(record, self.formats, self.path)
-        table = not self.formats[self.format].fields
-        read = partial(self.formats[self.format].read, **self.options)
+        known = self.formats[self.format]
+        self._refuse_options_of_others(known)
+        table = not known.fields
+        read = partial(known.read, **self.options)
 
         def checked(record: object) -> Row:
             if not isinstance(record, list if table else dict):
@@ -106,6 +110,13 @@ class Reading:
                 raise Problem("", f"no record of the format {self.format}: {error}", record) from error
 
         return checked
+
+    def _refuse_options_of_others(self, known: Format) -> None:
+        for option in self.options.keys() - signature(known.read).parameters.keys():
+            takers = [name for name, other in self.formats.items() if option in signature(other.read).parameters]
+            raise InvalidInputError(
+                f"{option} is for the format {' or '.join(takers)}, and {self.path} is of the format {self.format}"
+            )
 
     def _checked(self, row: Row, number: int) -> Row | RowError:
         """Completes a row or a passage, and looks at it as the trainer will."""
@@ -125,8 +136,13 @@ def read_aliases(path: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for number, record in records(path):
         if isinstance(record, RowError):
-            raise record
+            raise record.of(path)
         if not isinstance(record, dict) or "Q_id" not in record:
-            raise RowError(number, "Q_id", "no id of an answer")
-        found[str(record["Q_id"])] = [*record.get("aliases", []), *record.get("demonyms", [])]
+            raise RowError(number, "Q_id", "no id of an answer", path=path)
+        try:
+            found[str(record["Q_id"])] = [
+                str(name) for field in ("aliases", "demonyms") for name in list_of(record, field, [])
+            ]
+        except Problem as problem:
+            raise RowError(number, problem.field, problem.kind + problem.seen, path=path) from problem
     return found
