@@ -19,6 +19,7 @@ from .errors import InvalidInputError
 from .metrics import contains_answer, exact_match, f1, normalize_answer
 from .permutations import Permutation
 from .pipeline import Passage, RAGPipeline
+from .ranking import recalls
 from .weights import iw_elbo, log_importance_weights
 
 _STDERR = Console(stderr=True)
@@ -181,19 +182,13 @@ def _answer(pipeline: RAGPipeline, block: Sequence[Ranked]) -> list[Record]:
             prediction=prediction,
             exact_match=exact_match(prediction, row["answers"]),
             f1=f1(prediction, row["answers"]),
-            recall=recalls(ordered, row["answers"]),
+            recall=recalls([passage["text"] for passage in ordered], row["answers"]),
             answer_logp=answer_logp,
             iw_elbo=bound,
             chosen=order[:k],
         )
         for (row, order, answer_logp, bound), ordered, prediction in zip(block, passages, predictions, strict=True)
     ]
-
-
-def recalls(passages: Sequence[Passage], answers: Sequence[str]) -> list[float]:
-    """Returns recall@k for each k: whether a normalised answer occurs in one of the first k passages."""
-    found = [contains_answer(p["text"], answers) for p in passages]
-    return [float(any(found[: k + 1])) for k in range(len(found))]
 
 
 def position_shares(pipeline: RAGPipeline, rows: Iterable[Mapping[str, Any]]) -> list[list[float]]:

@@ -375,7 +375,7 @@ def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
 
 
 def test_a_quote_left_open_spoils_its_own_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a later row has a quote, or the file ends, or is long: the rows behind are read, by their own numbers."""
+    """Whether a later row has a quote, or the file ends, or is long: the rows behind are read, under their numbers."""
     good, quoted = "why {}?\t['x']\n", '"a ""b"", on\n\ntwo lines {}?"\t[\'x\']\n'
     path = tmp_path / "q.tsv"
     tails = {

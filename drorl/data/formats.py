@@ -128,13 +128,26 @@ def hotpotqa_row(record: Row, aliases: Mapping[str, Sequence[str]] | None = None
     answer_id = record.get("answer_id")
     more = (aliases or {}).get(answer_id, ()) if isinstance(answer_id, str) else ()
     names = ("type", "level", "evidences", "supporting_facts")
+    metadata = {name: record[name] for name in names if name in record}
+    if aliases and record.get("evidences_id"):
+        metadata["evidences"] = _with_aliases(record["evidences"], record["evidences_id"], aliases)
     return {
         "id": row_id,
         "query": text_of(record, "question"),
         "answers": answers_of([record.get("answer"), *more], "answer"),
         "candidates": _paragraphs(record.get("context"), record.get("supporting_facts")),
-        "metadata": {name: record[name] for name in names if name in record},
+        "metadata": metadata,
     }
+
+
+def _with_aliases(evidences: list, ids: list, aliases: Mapping[str, Sequence[str]]) -> list:
+    """2Wiki's triples, subject and object with all of their names."""
+
+    def named(name: str, of: object) -> list[str]:
+        return list(dict.fromkeys([name, *(aliases.get(of, ()) if isinstance(of, str) else ())]))
+
+    pairs = zip(evidences, ids, strict=True)
+    return [[named(subject, s), relation, named(obj, o)] for (subject, relation, obj), (s, _, o) in pairs]
 
 
 def musique_row(record: Row, keep_unanswerable: bool = False) -> Row:

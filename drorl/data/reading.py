@@ -106,7 +106,9 @@ class Reading:
                 raise Problem("", f"no record of the format {self.format}", record)
             try:
                 return read(record)
-            except (TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:  # something in it is
+            except Problem:
+                raise
+            except (TypeError, AttributeError, LookupError, OverflowError, ValueError) as error:  # something in it is
                 raise Problem("", f"no record of the format {self.format}: {error}", record) from error
 
         return checked
