@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -77,6 +77,8 @@ class Record:
     """The bound on log p(y|x), nats; NaN for a system without a selector."""
     chosen: list[int]
     """The chosen passages, as indices into the row's candidates."""
+    order: list[int] = field(default_factory=list)
+    """All that were read, in the order of `recall`; a record kept by an earlier version has none."""
 
 
 def evaluate_rows(
@@ -186,6 +188,7 @@ def _answer(pipeline: RAGPipeline, block: Sequence[Ranked]) -> list[Record]:
             answer_logp=answer_logp,
             iw_elbo=bound,
             chosen=order[:k],
+            order=order,
         )
         for (row, order, answer_logp, bound), ordered, prediction in zip(block, passages, predictions, strict=True)
     ]

@@ -28,6 +28,8 @@ from .metrics import KILT, MetricSettings, Overlap, answer_overlap
 from .ranking import ndcg, recall_at, recalls, reciprocal_rank, relevance
 
 DEPTHS = (1, 3, 5, 10, 20)
+NATS = ("answer_logp", "iw_elbo")
+"""What `drorl evaluate` adds to a row."""
 Scores = dict[str, float]
 _NOTHING = Overlap(0.0, 0.0, 0.0, 0.0)
 

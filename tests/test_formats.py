@@ -12,6 +12,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from records import CTX, HOTPOT, MUSIQUE, RANKED, WIKI2
 
 from drorl.data import files
 from drorl.data.files import records
@@ -19,45 +20,6 @@ from drorl.data.formats import PASSAGES, ROWS
 from drorl.data.reading import Reading, read_aliases
 from drorl.data.rows import RowError, validate_rows
 from drorl.errors import InvalidInputError
-
-HOTPOT = {
-    "_id": "5a8b",
-    "question": "Were Scott Derrickson and Ed Wood of the same nationality?",
-    "answer": "yes",
-    "type": "comparison",
-    "level": "hard",
-    "supporting_facts": [["Scott Derrickson", 0], ["Ed Wood", 0]],
-    "context": [
-        ["Ed Wood (film)", ["Ed Wood is a 1994 film.", " It is by Tim Burton."]],
-        ["Scott Derrickson", ["Scott Derrickson is an American director."]],
-        ["Empty", []],
-        ["Ed Wood", ["Edward Wood was an American."]],
-    ],
-}
-WIKI2 = {
-    **HOTPOT,
-    "answer": "USA",
-    "answer_id": "Q30",
-    "evidences": [["Ed Wood", "country of citizenship", "USA"]],
-}
-MUSIQUE = {
-    "id": "2hop__1_2",
-    "question": "Where did the founder of Acme die?",
-    "answer": "Rome",
-    "answer_aliases": ["Roma"],
-    "answerable": True,
-    "paragraphs": [
-        {"idx": 0, "title": "Acme", "paragraph_text": "Acme was founded by Bo.", "is_supporting": True},
-        {"idx": 1, "title": "Acme", "paragraph_text": "Acme makes anvils.", "is_supporting": False},
-        {"idx": 2, "title": "Bo", "paragraph_text": "Bo died in Rome.", "is_supporting": True},
-    ],
-}
-CTX = {"id": "wiki:7", "title": "Rome", "text": "Rome is a city.", "score": "82.5", "has_answer": True}
-RANKED = (
-    "I will provide you with 3 passages, each indicated by a numerical identifier []. Rank them by relevance to the "
-    "search query: who built it?.\n\n[1] The tower: [sic] of iron\n[2] By Gustave\nEiffel, in 1889.\n[3] A bridge\n\n"
-    "Search Query: who built it?.\nRank the 3 passages above."
-)
 
 
 def written(path: Path, *entries: Any) -> Path:

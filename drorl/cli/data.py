@@ -96,4 +96,4 @@ def score(
         shown = ["-" if mean is None else f"{100 * mean:.2f} %" for mean in (scores.exact_match, scores.f1)]
         typer.echo(f"exact match {shown[0]}, F1 {shown[1]}, {scores.n:,} predictions")
         for name, mean in scores.more.items():
-            typer.echo(f"{name} {mean:.4f}" if name in ("mrr", "ndcg@10") else f"{name} {100 * mean:.2f} %")
+            typer.echo(f"{name} {100 * mean:.2f} %")

@@ -28,6 +28,9 @@ class Reading:
         on_error (`str`): `fail` raises at the first record that is not whole, `skip` leaves it out and counts it.
         options (`dict`): what else the format's function takes: `aliases` of 2wiki, `keep_unanswerable` of musique.
         split (`str`): of a BEIR folder.
+        num_selected (`int`): a row with fewer candidates is not whole.
+        need_scores (`bool`): nor is one of which a candidate has no score.
+        need_answers (`bool`): nor is one without answers, of a format that has none.
         start (`int`): so many records are passed over, and not looked at.
         skipped (`Counter`): how many records were left out, and why.
         number (`int`): of the last record that was read, from 1.
@@ -43,6 +46,9 @@ class Reading:
     on_error: Literal["fail", "skip"] = "fail"
     options: dict[str, Any] = field(default_factory=dict)
     split: str = "test"
+    num_selected: int = 0
+    need_scores: bool = False
+    need_answers: bool = False
     start: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     number: int = 0
@@ -128,8 +134,9 @@ class Reading:
         for rank, item in enumerate(row["candidates"], start=1):
             item["rank"] = rank
             item["id"] = str(item["id"] if item.get("id") is not None else f"{row['id']}/{rank}")
-        has_answers = self.formats[self.format].has_answers
-        problem = problem_of(row if has_answers else {**row, "answers": ["-"]}, 0, False)
+        has_answers = self.need_answers or self.formats[self.format].has_answers
+        asked = row if has_answers else {**row, "answers": ["-"]}
+        problem = problem_of(asked, self.num_selected, self.need_scores)
         return row if problem is None else RowError(number, problem[0], problem[1] + problem[2], problem[1])
 
 
