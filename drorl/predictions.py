@@ -7,18 +7,18 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from .adapters import ROLES
 from .data.fields import Row
 from .data.files import records
 from .data.prepare import Prepared, write_rows
 from .data.reading import Reading
+from .data.rows import RowError
 from .errors import InvalidInputError
 from .evaluation import Record, evaluate_rows
 from .metrics import KILT, MetricSettings
 from .pipeline import SETTINGS_FILE, RAGPipeline
-from .scoring import DEPTHS, NATS, score_row
+from .scoring import DEPTHS, NATS, score_record
 from .statistics import Interval, bootstrap_mean
 
 SHARD_ROWS = 50
@@ -95,22 +95,19 @@ def measure_file(
         InvalidInputError: if there are none.
     """
     count, values = 0, defaultdict[str, list[float]](list)
-    for _, row in records(path):
+    for number, row in records(path):
         count += 1
-        for name, value in _scores(row, settings).items():
+        found = score_record(number, row, settings)
+        if isinstance(found, RowError):
+            raise found.of(path)
+        likelihoods = {name: row[name] for name in NATS if row[name] is not None}
+        for name, value in (found.measured | likelihoods).items():
             values[name].append(value)
     if not count:
         raise InvalidInputError("there is no question to evaluate on")
     too_deep = tuple(f"recall@{k}" for k in DEPTHS if k > num_candidates)
     kept = {name: of for name, of in values.items() if not name.endswith(too_deep)}
     return count, {name: (bootstrap_mean(of), len(of)) for name, of in kept.items()}
-
-
-def _scores(row: Mapping[str, Any], settings: MetricSettings) -> dict[str, float]:
-    """What was predicted of a row, measured, and what its likelihoods are."""
-    found = score_row(row, settings)
-    measured = {name: value for name, value in found.scores.items() if name in found.predicted}
-    return measured | {name: row[name] for name in NATS if row[name] is not None}
 
 
 def as_json(count: int, scores: Mapping[str, tuple[Interval, int]]) -> str:

@@ -57,10 +57,7 @@ def score_file(path: Path, settings: MetricSettings = KILT, on_error: str = "fai
     totals, counts, predicted = defaultdict[str, float](float), Counter[str](), set[str]()
     skipped = Counter[str]()
     for number, record in records(path):
-        try:
-            found = record if isinstance(record, RowError) else score_row(record, settings)
-        except Problem as problem:
-            found = RowError(number, problem.field, problem.kind + problem.seen, problem.kind)
+        found = score_record(number, record, settings)
         if isinstance(found, RowError):
             if on_error == "fail":
                 raise found.of(path)
@@ -82,6 +79,11 @@ class RowScores:
     scores: Scores = field(default_factory=dict)
     predicted: set[str] = field(default_factory=set)
 
+    @property
+    def measured(self) -> Scores:
+        """The scores of what was predicted."""
+        return {name: value for name, value in self.scores.items() if name in self.predicted}
+
     def add(self, scores: Mapping[str, float], predicted: bool = True) -> None:
         self.scores |= scores
         self.predicted |= scores.keys() if predicted else set()
@@ -92,12 +94,17 @@ class RowScores:
         self.add(scores, predicted and part is not None)
 
 
-def score_row(row: Any, settings: MetricSettings = KILT) -> RowScores:
-    """Returns the scores of a row of predictions.
+def score_record(number: int, record: Any, settings: MetricSettings = KILT) -> RowScores | RowError:
+    """Returns the scores of a record of a file, or what is wrong with it."""
+    if isinstance(record, RowError):
+        return record
+    try:
+        return _score(record, settings)
+    except Problem as problem:
+        return RowError(number, problem.field, problem.kind + problem.seen, problem.kind)
 
-    Raises:
-        Problem: something in it is not what it has to be.
-    """
+
+def _score(row: Any, settings: MetricSettings) -> RowScores:
     if not isinstance(row, dict):
         raise Problem("", "no record", row)
     prediction, answers = row.get("prediction"), row.get("answers")
@@ -117,8 +124,9 @@ def score_row(row: Any, settings: MetricSettings = KILT) -> RowScores:
 def _add_rests_on(found: RowScores, row: Mapping[str, Any], answer: Overlap, settings: MetricSettings) -> None:
     def measured(name: str, read: Callable, measure: Callable[..., Overlap], *arguments: Any) -> Overlap | None:
         said = row.get(f"predicted_{name}")
-        right = read(_known(row, name), name)
-        return None if said is None else measure(read(said, f"predicted_{name}"), right, *arguments)
+        if said is None:
+            return None
+        return measure(read(said, f"predicted_{name}"), read(_known(row, name), name), *arguments)
 
     parts: list[Overlap | None] = [answer]
     if _known(row, "supporting_facts") is not None:

@@ -272,10 +272,10 @@ def test_mistakes_are_one_line(
         (unscored, "evaluate"): r"field 'candidates\[0\].score': missing or non-finite score",
         (bare, "evaluate"): r"row 1, field 'answers': no answer that is not blank",
         (empty, "evaluate"): "there is no question to evaluate on",
-        (latin, "evaluate"): r"latin.jsonl, row 3: byte 13 is no UTF-8",
+        (latin, "evaluate"): r"latin.jsonl, row 3: byte 14 is no UTF-8",
         (few, "answer"): r"few.jsonl, row 2, field 'candidates': fewer candidates",
         (empty, "answer"): "empty.jsonl has no questions",
-        (latin, "answer"): r"latin.jsonl, row 3: byte 13 is no UTF-8",
+        (latin, "answer"): r"latin.jsonl, row 3: byte 14 is no UTF-8",
     }
     for (path, command), message in cases.items():
         said = message_of(monkeypatch, command, run_dir, "--input", path, "--dtype", "float32")

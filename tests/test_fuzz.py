@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,11 @@ def damaged(draw: st.DrawFn, name: str) -> bytes:
         where = draw(st.sampled_from(list(places(records))))
         match draw(st.sampled_from(["exchange", "leave out", "double"])):
             case "exchange":
-                where[0][where[1]] = draw(GARBAGE)
+                where[0][where[1]] = deepcopy(draw(GARBAGE))
             case "leave out":
                 del where[0][where[1]]
             case "double" if isinstance(where[0], list):
-                where[0].append(where[0][where[1]])
+                where[0].append(deepcopy(where[0][where[1]]))
         if not records:
             break
     data = laid_out(draw, records, table=not FORMATS[name].fields)

@@ -255,12 +255,19 @@ def test_candidates_are_measured(tmp_path: Path) -> None:
 def test_what_is_wrong_in_a_row_is_named(tmp_path: Path) -> None:
     """The file, the row, the field and what was seen; or it is skipped and counted."""
     row = {"prediction": "x", "answers": ["y"]}
+    assert not scores(tmp_path, [{"supporting_facts": 5, **row}]).more  # with which nothing is compared
     for more, message in (
-        ({"supporting_facts": [["A", "0"]]}, r"row 2, field 'supporting_facts': no pairs of title .*: \['A', '0'\]"),
+        (
+            {"supporting_facts": [["A", "0"]], "predicted_supporting_facts": []},
+            r"row 2, field 'supporting_facts': no pairs of title .*: \['A', '0'\]",
+        ),
         ({"supporting_facts": [], "predicted_supporting_facts": 5}, "'predicted_supporting_facts': no list: 5"),
-        ({"support_idxs": [True]}, "field 'support_idxs': no list of numbers"),
+        ({"support_idxs": [True], "predicted_support_idxs": [1]}, "field 'support_idxs': no list of numbers"),
         ({"supporting_facts": [], "evidences": [["a", "b"]], "predicted_evidences": []}, "no triples"),
-        ({"supporting_facts": {"title": ["A"], "sent_id": []}}, "not as many titles as sentences"),
+        (
+            {"predicted_supporting_facts": {"title": ["A"], "sent_id": []}, "supporting_facts": []},
+            "not as many titles as sentences",
+        ),
         ({"candidates": ["x"]}, "field 'candidates': no list of records"),
         ({"answers": "y"}, "field 'answers': no list of texts: 'y'"),
         ({"prediction": None}, "field 'prediction': no text"),

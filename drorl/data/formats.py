@@ -67,7 +67,9 @@ def drorl_row(record: Row) -> Row:
     more = {name: value for name, value in record.items() if name not in own}
     candidates = []
     for item in objects_of(record, "candidates"):
-        candidates.append({**item, "title": text_of(item, "title", ""), "text": text_of(item, "text")})
+        score = score_of(item)
+        texts = {"title": text_of(item, "title", ""), "text": text_of(item, "text")}
+        candidates.append(item | texts | ({} if score is None else {"score": score}))
     return {
         "id": record.get("id"),
         "query": text_of(record, "query"),
