@@ -17,17 +17,14 @@ if TYPE_CHECKING:
     from .inspection import Weighed
     from .pipeline import Answer
 
-SNIPPET = 120
-"""Characters of a passage."""
-
 
 def _table(*columns: str) -> Table:
-    return Table(*columns, box=SIMPLE_HEAD, title_justify="left")
-
-
-def _snippet(text: str) -> Text:
-    text = " ".join(text.split())
-    return Text(text if len(text) <= SNIPPET else f"{text[: SNIPPET - 1]}…")
+    """A table; titles and texts are cut, so that each row is a line: the text takes what the terminal leaves it."""
+    table = Table(box=SIMPLE_HEAD, title_justify="left", expand="text" in columns)
+    limits: dict[str, dict[str, Any]] = {"title": {"max_width": 28}, "text": {"ratio": 1}}
+    for name in columns:
+        table.add_column(name, no_wrap=name in ("", *limits), **limits.get(name, {}))
+    return table
 
 
 def _add(table: Table, *cells: object) -> None:
@@ -42,7 +39,7 @@ def row_view(row: Mapping[str, Any], num_candidates: int | None = None) -> Rende
         holds = bool(row["answers"]) and contains_answer(passage["text"], row["answers"])
         marks = ("✓" if holds else " ") + ("★" if passage.get("is_gold") else " ")
         score = "" if passage.get("score") is None else f"{passage['score']:.2f}"
-        _add(table, f"[{number}]", marks, score, passage["title"], _snippet(passage["text"]))
+        _add(table, f"[{number}]", marks, score, passage["title"], " ".join(passage["text"].split()))
     unread = len(row["candidates"]) - len(row["candidates"][:num_candidates])
     foot = [Text(f"{unread} more candidates are not read")] if unread else []
     return Group(*head, table, *foot)
@@ -65,7 +62,7 @@ def answer_view(answer: "Answer", most: int = 5) -> RenderableType:
     for place, ranked in enumerate(answer.ranking):
         if place < most or id(ranked.passage) in cited:
             passage, mark = ranked.passage, cited.get(id(ranked.passage), "")
-            _add(table, mark, f"{math.exp(ranked.logp):.2f}", passage["title"], _snippet(passage["text"]))
+            _add(table, mark, f"{math.exp(ranked.logp):.2f}", passage["title"], " ".join(passage["text"].split()))
     sources = " ".join(cited.values())
     return Group(table, Text.assemble((answer.text or "(no answer)", "bold"), f"  {sources}"))
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,11 @@ def test_evaluate_goes_on_where_it_was_killed(
     monkeypatch.setattr(predictions, "evaluate_rows", lambda *a: (asked.append(len(a[1])), real(*a))[1])
     lines_of(*command, output)
     assert sum(asked) == 12 - 2 * finished
+    shutil.copytree(run_dir, tmp_path / "other")
+    for role, other in (("generator", "selector"), ("selector", "generator")):
+        weights = (run_dir / other / "adapter_model.safetensors").read_bytes()
+        (tmp_path / "other" / role / "adapter_model.safetensors").write_bytes(weights)
+        assert predictions._identity(tmp_path / "other") != predictions._identity(run_dir)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -292,10 +298,10 @@ def test_mistakes_are_one_line(
         ("generator/adapter_config.json", "has no generator/adapter_config.json"),
         ("selector/adapter_model.safetensors", "has no selector/adapter_model.safetensors"),
     ):
-        subprocess.run(["cp", "-rT", run_dir, broken], check=True)
+        shutil.copytree(run_dir, broken, dirs_exist_ok=True)
         (broken / missing).unlink()
         assert message in message_of(monkeypatch, "evaluate", broken, "--input", good)
-    subprocess.run(["cp", "-rT", run_dir, broken], check=True)
+    shutil.copytree(run_dir, broken, dirs_exist_ok=True)
     settings = json.loads((broken / "drorl.json").read_text())
     for content, message in (
         ("{", "drorl.json is damaged"),
