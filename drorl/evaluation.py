@@ -19,6 +19,7 @@ from .errors import InvalidInputError
 from .metrics import KILT, MetricSettings, contains_answer, exact_match, f1, normalize_answer
 from .permutations import Permutation
 from .pipeline import Passage, RAGPipeline
+from .ranking import recalls
 from .weights import iw_elbo, log_importance_weights
 
 _STDERR = Console(stderr=True)
@@ -80,6 +81,8 @@ class Record:
     """The chosen passages, as indices into the row's candidates."""
     all_gold: list[float] = field(default_factory=list)
     """For k = 1..N, whether the first k passages, in the same order, hold every gold one; empty: none is known."""
+    order: list[int] = field(default_factory=list)
+    """All that were read, in the order of `recall`; a record kept by an earlier version has none."""
 
 
 def evaluate_rows(
@@ -187,20 +190,15 @@ def _answer(pipeline: RAGPipeline, block: Sequence[Ranked], metrics: MetricSetti
             prediction=prediction,
             exact_match=exact_match(prediction, row["answers"], metrics),
             f1=f1(prediction, row["answers"], metrics),
-            recall=recalls(ordered, row["answers"]),
+            recall=recalls([passage["text"] for passage in ordered], row["answers"]),
             answer_logp=answer_logp,
             iw_elbo=bound,
             chosen=order[:k],
             all_gold=gold_recalls(row, ordered),
+            order=order,
         )
         for (row, order, answer_logp, bound), ordered, prediction in zip(block, passages, predictions, strict=True)
     ]
-
-
-def recalls(passages: Sequence[Passage], answers: Sequence[str]) -> list[float]:
-    """Returns recall@k for each k: whether a normalised answer occurs in one of the first k passages."""
-    found = [contains_answer(p["text"], answers) for p in passages]
-    return [float(any(found[: k + 1])) for k in range(len(found))]
 
 
 def gold_recalls(row: Mapping[str, Any], passages: Sequence[Passage]) -> list[float]:

@@ -1,18 +1,26 @@
-r"""Answer and retrieval metrics, as KILT defines them, and the switches by which other work departs from them.
+r"""Answer metrics, as KILT defines them, and the switches by which other work departs from them.
 
 Every score is that of one query, in [0, 1]; averaging is the caller's. The best of all gold answers counts:
 
     metric(prediction, answers) = max over a in answers of metric(prediction, a)
 
-| script                          | punctuation        | yes/no                | gold answers |
-|---------------------------------|--------------------|-----------------------|--------------|
-| KILT (`"kilt"`, the default)    | deleted            | like any other answer | all          |
-| HotpotQA, 2Wiki (`"hotpot"`)    | deleted            | F1 0 on a mismatch    | all          |
-| DRO's code (`"dro-official"`)   | becomes a space    | like any other answer | the first    |
+| script                        | punctuation     | yes/no                | nothing left of both | gold answers |
+|-------------------------------|-----------------|-----------------------|----------------------|--------------|
+| KILT (`"kilt"`, the default)  | deleted         | like any other answer | F1 0                 | all          |
+| Wizard of Wikipedia (`"wow"`) | deleted         | like any other answer | F1 0                 | all          |
+| HotpotQA (`"hotpot"`)         | deleted         | F1 0 on a mismatch    | F1 0                 | all          |
+| 2WikiMultihopQA (`"2wiki"`)   | deleted         | F1 0 on a mismatch    | F1 0                 | all          |
+| MuSiQue (`"musique"`)         | deleted         | like any other answer | F1 1                 | all          |
+| DRO's code (`"dro-official"`) | becomes a space | like any other answer | F1 0                 | the first    |
+
+Wizard of Wikipedia is scored by KILT's script. No script normalises Unicode: "é" and "e" with a combining accent are
+different letters, full-width "Ａ" is not "A", and only ASCII punctuation is punctuation.
 
 References:
     KILT: https://github.com/facebookresearch/KILT/blob/main/kilt/eval_downstream.py
     HotpotQA: https://github.com/hotpotqa/hotpot/blob/master/hotpot_evaluate_v1.py
+    2WikiMultihopQA: https://github.com/Alab-NII/2wikimultihop/blob/main/2wikimultihop_evaluate_v1.1.py
+    MuSiQue: https://github.com/StonyBrookNLP/musique/blob/main/metrics/answer.py
     DRO: https://huggingface.co/papers/2505.03075
 """
 
@@ -45,11 +53,15 @@ class MetricSettings:
         punct (`str`): `"delete"` makes "U.S." "us", `"space"` makes it "u s".
         hotpot_yesno (`bool`): F1 is 0 when prediction and answer differ and either is yes, no or noanswer.
         first_answer_only (`bool`): only the first gold answer counts.
+        empty_match (`bool`): F1 is 1, not 0, where normalisation leaves nothing of prediction and answer.
+        fold_titles (`bool`): supporting facts are the same whatever the case of their titles.
     """
 
     punct: Punctuation = "delete"
     hotpot_yesno: bool = False
     first_answer_only: bool = False
+    empty_match: bool = False
+    fold_titles: bool = False
 
     def golds(self, answers: Sequence[str]) -> Sequence[str]:
         """The answers that count."""
@@ -61,9 +73,28 @@ class MetricSettings:
 KILT = MetricSettings()
 PRESETS = {
     "kilt": KILT,
+    "wow": KILT,
     "hotpot": MetricSettings(hotpot_yesno=True),
+    "2wiki": MetricSettings(hotpot_yesno=True, fold_titles=True),
+    "musique": MetricSettings(empty_match=True),
     "dro-official": MetricSettings(punct="space", first_answer_only=True),
 }
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far what was predicted agrees with what is right; each in [0, 1]."""
+
+    exact_match: float
+    f1: float
+    precision: float
+    recall: float
+
+    @classmethod
+    def of(cls, exact_match: float, precision: float, recall: float) -> "Overlap":
+        """With the harmonic mean of precision and recall."""
+        total = precision + recall
+        return cls(exact_match, 2 * precision * recall / total if total else 0.0, precision, recall)
 
 
 @lru_cache(maxsize=1 << 15)  # the same passages and answers are asked about again and again
@@ -95,26 +126,38 @@ def exact_match(prediction: str, answers: Sequence[str], settings: MetricSetting
 def f1(prediction: str, answers: Sequence[str], settings: MetricSettings = KILT) -> float:
     """Harmonic mean of precision and recall over tokens, of the gold answer that fits best.
 
-    As in KILT (and SQuAD 1.1; SQuAD 2.0 differs), it is 0.0 where no token is shared, so also for two empty texts.
+    As in KILT (and SQuAD 1.1; SQuAD 2.0 and MuSiQue differ), it is 0.0 where no token is shared, so also for two
+    empty texts.
 
     Example:
         >>> round(f1("George Washington", ["Washington, D.C.", "Washington"]), 3)
         0.667
     """
+    return answer_overlap(prediction, answers, settings).f1
+
+
+def answer_overlap(prediction: str, answers: Sequence[str], settings: MetricSettings = KILT) -> Overlap:
+    """Exact match, F1, precision and recall over tokens: the largest of each over all gold answers, as in 2Wiki.
+
+    Example:
+        >>> answer_overlap("in New York City", ["New York", "the city of New York"])
+        Overlap(exact_match=0.0, f1=0.75, precision=0.75, recall=1.0)
+    """
     predicted = normalize_answer(prediction, settings.punct)
-    return max(
-        _token_f1(predicted, normalize_answer(gold, settings.punct), settings.hotpot_yesno)
-        for gold in settings.golds(answers)
-    )
+    golds = [normalize_answer(gold, settings.punct) for gold in settings.golds(answers)]
+    scores = zip(*(_token_overlap(predicted, gold, settings) for gold in golds), strict=True)
+    return Overlap(float(predicted in golds), *map(max, scores))
 
 
-def _token_f1(predicted: str, gold: str, hotpot_yesno: bool) -> float:
-    """F1 of two normalised texts."""
-    if hotpot_yesno and predicted != gold and not _YES_NO.isdisjoint((predicted, gold)):
-        return 0.0
-    predicted_tokens, gold_tokens = predicted.split(), gold.split()
-    shared = (Counter(predicted_tokens) & Counter(gold_tokens)).total()
-    return 2.0 * shared / (len(predicted_tokens) + len(gold_tokens)) if shared else 0.0
+def _token_overlap(predicted: str, gold: str, settings: MetricSettings) -> tuple[float, float, float]:
+    """F1, precision and recall of two normalised texts."""
+    if settings.hotpot_yesno and predicted != gold and not _YES_NO.isdisjoint((predicted, gold)):
+        return 0.0, 0.0, 0.0
+    if settings.empty_match and predicted == gold == "":
+        return 1.0, 1.0, 1.0
+    said, right = predicted.split(), gold.split()
+    shared = (Counter(said) & Counter(right)).total()
+    return (2 * shared / (len(said) + len(right)), shared / len(said), shared / len(right)) if shared else (0, 0, 0)
 
 
 def contains_answer(passage_text: str, answers: Sequence[str], settings: MetricSettings = KILT) -> bool:

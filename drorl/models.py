@@ -127,7 +127,7 @@ def choose_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype != "auto":
         chosen = getattr(torch, dtype.removeprefix("torch."), None)
         if not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
-            raise ValueError(
+            raise InvalidInputError(
                 f'dtype={dtype!r} is no floating-point type: use "auto", "float32", "bfloat16" or "float16".'
             )
         return chosen

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import GENERATOR, SELECTOR, activate, adapter_parameters, trainable_roles
+from .adapters import GENERATOR, ROLES, SELECTOR, activate, adapter_parameters, trainable_roles
 from .data.rows import RowError
+from .errors import InvalidInputError
 from .models import load_model_and_tokenizer
 from .policy import Decisions, Drawing, SelectorPolicy
 from .ppo import ValueHead
@@ -44,6 +45,8 @@ class Answer:
 
     text: str
     citations: list[RankedPassage]
+    ranking: list[RankedPassage]
+    """All passages that the selector read, by how likely each was to be its first choice: that is their `logp`."""
 
 
 class RAGPipeline:
@@ -112,12 +115,12 @@ class RAGPipeline:
 
         Raises:
             FileNotFoundError: if `run_dir` is not such a directory.
+            InvalidInputError: if it is not whole, or its base model is not there.
             TypeError: if `backend` has no such keyword.
             ValueError: if there is no such `backend`, or it is vLLM, which has no `device` to choose.
         """
         run_dir = Path(run_dir)
-        if not (run_dir / SETTINGS_FILE).is_file():
-            raise FileNotFoundError(f"{run_dir} is not a drorl run: it has no {SETTINGS_FILE}")
+        base_name, generator_name, settings = saved_run(run_dir)
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
         if backend == "vllm":
@@ -130,19 +133,17 @@ class RAGPipeline:
             return EnginePipeline.load(run_dir, dtype, **engine)
         if engine:
             raise TypeError(f"backend='transformers' takes no {', '.join(engine)}")
-        saved = json.loads((run_dir / SETTINGS_FILE).read_text())
-        base, _ = load_model_and_tokenizer(saved["base_model"], dtype=dtype)
+        base = _base(base_name, dtype)
         model = PeftModel.from_pretrained(base, run_dir / SELECTOR, adapter_name=SELECTOR)
         tokenizer = AutoTokenizer.from_pretrained(run_dir, padding_side="left")
         generator_model = generator_tokenizer = None
-        if saved["generator_base_model"] is None:
+        if generator_name is None:
             model.load_adapter(run_dir / GENERATOR, adapter_name=GENERATOR)
         else:
-            base, _ = load_model_and_tokenizer(saved["generator_base_model"], dtype=dtype)
+            base = _base(generator_name, dtype)
             generator_tokenizer = AutoTokenizer.from_pretrained(run_dir / GENERATOR, padding_side="left")
             generator_model = PeftModel.from_pretrained(base, run_dir / GENERATOR, adapter_name=GENERATOR)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        settings = PipelineSettings(**saved["settings"])
         pipeline = cls(model, tokenizer, settings, generator_model, generator_tokenizer)
         for module in pipeline.models:
             module.to(device).eval()
@@ -243,18 +244,24 @@ class RAGPipeline:
         """
         if k is not None and not 1 <= k <= self.settings.num_selected:
             raise ValueError(f"k must be between 1 and num_selected={self.settings.num_selected}, not {k}")
+        return self._chosen(query, candidates)[0][:k]
+
+    @torch.no_grad()
+    def _chosen(self, query: str, candidates: Sequence[Passage]) -> tuple[list[RankedPassage], list[RankedPassage]]:
+        """Returns the passages of the most likely permutation, and all by how likely they are to come first."""
         shown = self.present(query, candidates)
-        with torch.no_grad():
-            decisions = self.decisions([query], [shown])
-            [permutation] = decisions.greedy()
-            [(logps, _)] = decisions.permutation_logps([[permutation]])
-        return [RankedPassage(shown[i], float(logp)) for i, logp in zip(permutation, logps[0], strict=True)][:k]
+        decisions = self.decisions([query], [shown])
+        [permutation] = decisions.greedy()
+        [(logps, _)] = decisions.permutation_logps([[permutation]])
+        [[first]] = decisions.logps([[()]])
+        chosen = [RankedPassage(shown[i], float(logp)) for i, logp in zip(permutation, logps[0], strict=True)]
+        return chosen, [RankedPassage(shown[i], float(first[i])) for i in first.argsort(descending=True, stable=True)]
 
     def answer(self, query: str, candidates: Sequence[Passage]) -> Answer:
-        """Returns the generator's greedy answer from the selected passages, and those passages."""
-        citations = self.select(query, candidates)
+        """Returns the generator's greedy answer from the selected passages, and how all passages were ranked."""
+        citations, ranking = self._chosen(query, candidates)
         prompt = self.generator_prompts.generator(query, [c.passage for c in citations])
-        return Answer(self.generate([prompt])[0], citations)
+        return Answer(self.generate([prompt])[0], citations, ranking)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]]) -> list[str]:
@@ -273,6 +280,41 @@ class RAGPipeline:
         )
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+
+def saved_run(run_dir: Path) -> tuple[str, str | None, PipelineSettings]:
+    """Returns what a run's `drorl.json` says: its base, that of its generator if it has one of its own, its settings.
+
+    Raises:
+        FileNotFoundError: if `run_dir` is no run.
+        InvalidInputError: if the file is damaged, or an adapter is missing.
+    """
+    file = run_dir / SETTINGS_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{run_dir} is not a drorl run: it has no {SETTINGS_FILE}")
+    try:
+        saved = json.loads(file.read_text())
+        found = saved["base_model"], saved["generator_base_model"], PipelineSettings(**saved["settings"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidInputError(f"{file} is damaged, or of another version of drorl: {error}") from error
+    for role in ROLES:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (run_dir / role / name).is_file():
+                raise InvalidInputError(f"{run_dir} has no {role}/{name}: the run was not finished, or copied in part")
+    return found
+
+
+def _base(name: str, dtype: str) -> PreTrainedModel:
+    """The base model of a run.
+
+    Raises:
+        InvalidInputError: if it is not there.
+    """
+    try:
+        return load_model_and_tokenizer(name, dtype=dtype)[0]
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInputError(f"the run's base model {name} cannot be loaded: {reason}") from error
 
 
 def _window(model: PeftModel) -> int | None:

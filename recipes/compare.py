@@ -10,8 +10,8 @@ A grid (`--grid`, default recipes/grids/compare.yaml) names methods, each a few 
 of a base configuration. A cell is a method, a seed and a budget: a process of its own, from the same warm-up of that
 seed, on the same held-out questions. It is kept in results/<grid>.json as soon as it is done.
 
-A budget is `N queries`, or `N minutes` of training: the queries that a method gets through in them at the pace which
-results/pace.json holds, see compare_pace.py. The rates are annealed over them. Warm-up and evaluation are not counted;
+A budget is `N queries`, or `N minutes` of training: the queries that a method gets through in them at the pace that is
+kept beside the grid, see compare_pace.py. The rates are annealed over them. Warm-up and evaluation are not counted;
 the warm-up is the same for all. A cell that diverges is kept as one that did.
 """
 
@@ -58,6 +58,8 @@ class Grid:
             raise InvalidInputError(f"{path} is not a grid: {error!r}") from error
         self.readings: dict[str, list[str | None]] = content.get("readings", {})
         self.tuning: dict[str, Any] = content.get("tuning", {})
+        self.pace_file = path.with_suffix(".pace.json")
+        self.paces = json.loads(self.pace_file.read_text()) if self.pace_file.exists() else {}
 
     def settings(self, method: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
         """Returns every setting of a method.
@@ -77,7 +79,7 @@ class Grid:
         return {name: ranking for name, (ranking, of) in self.readings.items() if of == method}
 
 
-def queries_of(budget: str, method: str, paces: dict[str, Any]) -> int:
+def queries_of(budget: str, method: str, paces: dict[str, dict]) -> int:
     """Returns how many queries of training a budget is for a method.
 
     Raises:
@@ -98,23 +100,23 @@ def queries_of(budget: str, method: str, paces: dict[str, Any]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------ the grid
-def cells_of(grid: Grid, args: argparse.Namespace, paces: dict[str, Any]) -> Iterator[Asked]:
+def cells_of(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
     """Yields what was asked for, all methods of a seed together."""
     methods = args.methods or list(grid.methods)
     for budget in args.budgets or grid.budgets:
         for seed in args.seeds or grid.seeds:
             for method in methods:
-                queries = queries_of(budget, method, paces)
+                queries = queries_of(budget, method, grid.paces)
                 yield Asked(method, grid.settings(method), seed, budget, queries, "test", grid.readings_of(method))
 
 
-def tuning_cells(grid: Grid, args: argparse.Namespace, paces: dict[str, Any]) -> Iterator[Asked]:
+def tuning_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
     """Yields the cells in which each method tries the same settings."""
     budget, seed = grid.tuning["budget"], grid.seeds[0]
     for method in args.methods or list(grid.methods):
         for extra in grid.tuning["settings"]:
             name = tuning_name(method, extra)
-            queries = queries_of(budget, name, paces)
+            queries = queries_of(budget, name, grid.paces)
             yield Asked(name, grid.settings(method, extra), seed, budget, queries, "validation", {})
 
 
@@ -196,14 +198,13 @@ def main() -> int:
 
             logger.info("%s", write_report(args.results, args.grid.parent))
             return 0
-        grid, pace_file = Grid(args.grid), args.results / "pace.json"
+        grid = Grid(args.grid)
         if args.action == "pace":
             from compare_pace import measure
 
-            measure(paced_cells(grid, args), pace_file, args.work)
+            measure(paced_cells(grid, args), grid.pace_file, args.work)
             return 0
-        paces = json.loads(pace_file.read_text()) if pace_file.exists() else {}
-        cells = (tuning_cells if args.action == "tune" else cells_of)(grid, args, paces)
+        cells = tuning_cells(grid, args) if args.action == "tune" else cells_of(grid, args)
         name = f"{grid.path.stem}{'-tuning' * (args.action == 'tune')}.json"
         return run(cells, args.results / name, args.work, args.force)
     except UserError as error:

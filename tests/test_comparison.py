@@ -397,7 +397,7 @@ def test_a_grid_from_nothing_to_a_report(small_grid: Path) -> None:
 
     measured = compare(small_grid, "pace", "--methods", "dro", "sft")
     assert measured.returncode == 0, measured.stderr
-    paces = json.loads((small_grid / "results" / "pace.json").read_text())
+    paces = json.loads((small_grid / "small.pace.json").read_text())
     assert sorted(paces) == ["dro", "sft"]
     for pace in paces.values():
         assert len(pace["rounds"]) == 3

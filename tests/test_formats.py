@@ -12,6 +12,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from records import CTX, HOTPOT, MUSIQUE, RANKED, WIKI2
 
 from drorl.data import files
 from drorl.data.files import records
@@ -19,45 +20,6 @@ from drorl.data.formats import PASSAGES, ROWS
 from drorl.data.reading import Reading, read_aliases
 from drorl.data.rows import RowError, validate_rows
 from drorl.errors import InvalidInputError
-
-HOTPOT = {
-    "_id": "5a8b",
-    "question": "Were Scott Derrickson and Ed Wood of the same nationality?",
-    "answer": "yes",
-    "type": "comparison",
-    "level": "hard",
-    "supporting_facts": [["Scott Derrickson", 0], ["Ed Wood", 0]],
-    "context": [
-        ["Ed Wood (film)", ["Ed Wood is a 1994 film.", " It is by Tim Burton."]],
-        ["Scott Derrickson", ["Scott Derrickson is an American director."]],
-        ["Empty", []],
-        ["Ed Wood", ["Edward Wood was an American."]],
-    ],
-}
-WIKI2 = {
-    **HOTPOT,
-    "answer": "USA",
-    "answer_id": "Q30",
-    "evidences": [["Ed Wood", "country of citizenship", "USA"]],
-}
-MUSIQUE = {
-    "id": "2hop__1_2",
-    "question": "Where did the founder of Acme die?",
-    "answer": "Rome",
-    "answer_aliases": ["Roma"],
-    "answerable": True,
-    "paragraphs": [
-        {"idx": 0, "title": "Acme", "paragraph_text": "Acme was founded by Bo.", "is_supporting": True},
-        {"idx": 1, "title": "Acme", "paragraph_text": "Acme makes anvils.", "is_supporting": False},
-        {"idx": 2, "title": "Bo", "paragraph_text": "Bo died in Rome.", "is_supporting": True},
-    ],
-}
-CTX = {"id": "wiki:7", "title": "Rome", "text": "Rome is a city.", "score": "82.5", "has_answer": True}
-RANKED = (
-    "I will provide you with 3 passages, each indicated by a numerical identifier []. Rank them by relevance to the "
-    "search query: who built it?.\n\n[1] The tower: [sic] of iron\n[2] By Gustave\nEiffel, in 1889.\n[3] A bridge\n\n"
-    "Search Query: who built it?.\nRank the 3 passages above."
-)
 
 
 def written(path: Path, *entries: Any) -> Path:
@@ -379,6 +341,66 @@ def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="no format 'x'; there are auto, drorl"):
         Reading(tmp_path / "array.json", format="x")
     assert read(written(tmp_path / "empty.jsonl")) == []
+
+
+def test_a_quote_left_open_spoils_its_own_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a later row has a quote, or the file ends, or is long: the rows behind are read, under their numbers."""
+    good, quoted = "why {}?\t['x']\n", '"a ""b"", on\n\ntwo lines {}?"\t[\'x\']\n'
+    path = tmp_path / "q.tsv"
+    tails = {
+        "a row with quotes": (good + quoted + good, ["4", "5", "8"]),
+        "a quote in a row": (good + "who \"{}\"?\t['x']\n" + good, ["4", "5", "6"]),
+        "the end": (good * 30, [str(number) for number in range(4, 34)]),
+    }
+    monkeypatch.setattr(files, "_CELL_LINES", 10)
+    for tail, numbers in tails.values():
+        path.write_text(good + "\"open {}?\t['x']\n\n" + tail)
+        reading = Reading(path, on_error="skip")
+        assert [row["id"] for row in reading] == ["1", *numbers]
+        assert reading.skipped == {"no row of a table, or a quote is left open": 1}
+        with pytest.raises(RowError, match=r"q\.tsv, row 2: no row of a table, or a quote is left open .*open"):
+            read(path)
+    path.write_text('7\t"open?\n8\twho "it"?\n')
+    assert [row["query"] for row in read(path, format="topics")] == ['"open?', 'who "it"?']
+
+
+def test_a_damaged_line_spoils_the_row_that_it_is_in(tmp_path: Path) -> None:
+    """A cell over several lines, one of them Latin-1: that row is refused as a whole, the next keeps its number."""
+    path = tmp_path / "q.tsv"
+    path.write_bytes(b"who?\t['x']\n\"one\nGr\xf6\xdfe\nthree\"\t['x']\nGr\xf6\xdfe?\t['x']\nwhy?\t['x']\n")
+    with pytest.raises(RowError, match=r"q\.tsv, row 3: byte 3 is no UTF-8"):
+        read(path)
+    reading = Reading(path, on_error="skip")
+    assert [(row["id"], row["query"]) for row in reading] == [("1", "who?"), ("6", "why?")]
+    assert reading.skipped == {"no UTF-8": 2}
+
+
+def test_an_item_of_an_array_has_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a line has: what is longer is not read into memory; any number of shorter ones is."""
+    monkeypatch.setattr(files, "MAX_RECORD_BYTES", 1 << 18)
+    good = {"question": "why?" + "x" * 2000, "answer": "Bo"}
+    path = tmp_path / "array.json"
+    path.write_text(json.dumps([good] * 500))
+    assert len(read(path)) == 500
+    long = [good] * 3 + [{"question": ["y" * 100] * 20_000, "answer": "Bo"}]
+    for content in (long, {f"q{i}": [entry] for i, entry in enumerate(long)}):
+        path.write_text(json.dumps(content, indent=1))
+        with pytest.raises(
+            InvalidInputError, match=r"array\.json: no JSON after record 3: a record of more than 0 MiB"
+        ):
+            list(records(path))
+
+
+def test_an_option_of_another_format_is_refused(tmp_path: Path) -> None:
+    """It is said which format takes it, and which one the file has."""
+    path = written(tmp_path / "q.jsonl", {"question": "why?", "answer": "Bo"})
+    message = r"aliases is for the format 2wiki or hotpotqa, and .*q\.jsonl is of the format question"
+    for format in ("auto", "question"):
+        with pytest.raises(InvalidInputError, match=message):
+            read(path, format=format, options={"aliases": {}})
+    aliases = written(tmp_path / "aliases", {"Q_id": "Q1", "aliases": 5})
+    with pytest.raises(RowError, match="aliases, row 1, field 'aliases': no list: 5"):
+        read_aliases(aliases)
 
 
 def test_what_grows_out_of_all_proportion_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 from trl import TrlParser
+from typer.testing import CliRunner
 
 from drorl import DROConfig, RAGPipeline
+from drorl.cli import app
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
@@ -146,6 +148,20 @@ def test_the_recipe_runs_and_resumes(recipe, flags, rows, tmp_path, capsys):
     assert [entry["step"] for entry in steps] == [1, 2, 3]
     rates = [entry["learning_rate"] for entry in steps]
     assert rates == sorted(rates, reverse=True) and rates[2] < 0.5 * rates[0] <= 0.5e-3  # annealed, and so logged
+
+
+def test_drorl_train_is_this_recipe(flags, tmp_path, monkeypatch):
+    """The same options, help, output and exit codes; the recipe is found from wherever the command is called."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["drorl"])  # the command puts the recipe's in its place
+    help_text = CliRunner().invoke(app, ["train", "--help"])
+    assert help_text.exit_code == 0 and "--retrieval_prior_weight" in help_text.stdout
+    assert CliRunner().invoke(app, ["train", *map(str, flags), "--num_selected", "9"]).exit_code == 2
+    done = CliRunner().invoke(app, ["train", *map(str, flags), "--max_steps", "1"])
+    assert done.exit_code == 0, done.exception
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["n_eval"] == 5
+    assert summary["command"].startswith(f"{RECIPES / 'nq.py'} --config")
 
 
 def test_a_second_run_sets_the_first_aside(recipe, flags, tmp_path):

@@ -8,7 +8,7 @@ import typer
 
 from .app import FormatOption, OnError, OnErrorOption, OutputOption, QuietOption, app
 
-Preset = Enum("Preset", {name: name for name in ("kilt", "hotpot", "dro-official")})
+Preset = Enum("Preset", {name: name for name in ("kilt", "wow", "hotpot", "2wiki", "musique", "dro-official")})
 Punct = Enum("Punct", {name: name for name in ("delete", "space")})
 
 
@@ -74,9 +74,11 @@ def score(
     first_answer_only: Annotated[bool | None, typer.Option(help="Only the first gold answer counts.")] = None,
     on_error: OnErrorOption = OnError.fail,
     quiet: QuietOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON, fractions.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON, fractions; what else there is stands above the last line.")
+    ] = False,
 ) -> None:
-    """Score predictions: exact match and F1 against the best of all gold answers."""
+    """Score predictions: exact match and F1 against the best of all gold answers, and whatever else the rows carry."""
     import json
     from dataclasses import replace
 
@@ -88,8 +90,12 @@ def score(
     scores = score_file(input, settings, on_error.value)
     if scores.skipped and not quiet:
         typer.echo(f"skipped {scores.skipped.total():,} rows: {dict(scores.skipped)}", err=True)
+    if as_json and scores.more:
+        typer.echo(json.dumps(scores.more))
     if as_json:
         typer.echo(json.dumps({"exact_match": scores.exact_match, "f1": scores.f1, "n": scores.n}))
     else:
         shown = ["-" if mean is None else f"{100 * mean:.2f} %" for mean in (scores.exact_match, scores.f1)]
         typer.echo(f"exact match {shown[0]}, F1 {shown[1]}, {scores.n:,} predictions")
+        for name, mean in scores.more.items():
+            typer.echo(f"{name} {100 * mean:.2f} %")

@@ -15,6 +15,16 @@ CorpusOption = Annotated[
 ]
 
 
+def searcher(corpus: Path, retriever: RetrieverName):
+    """Returns what searches a corpus; one in a file is indexed once, in the cache."""
+    from ..retrieval.bm25 import BM25
+    from ..retrieval.run import corpus_of
+
+    made = corpus_of(corpus)
+    folder = made.folder / retriever.value
+    return BM25(made, folder) if corpus.is_dir() else BM25.build(made, folder)
+
+
 @app.command()
 def index(
     corpus: CorpusOption,
@@ -48,13 +58,9 @@ def retrieve(
     quiet: QuietOption = False,
 ) -> None:
     """Find candidates for questions. A corpus in a file is indexed once, in the cache."""
-    from ..retrieval.bm25 import BM25
-    from ..retrieval.run import corpus_of, retrieve_rows
+    from ..retrieval.run import retrieve_rows
 
-    made = corpus_of(corpus)
-    folder = made.folder / retriever.value
-    searcher = BM25(made, folder) if corpus.is_dir() else BM25.build(made, folder)
-    retrieved = retrieve_rows(searcher, queries, output, top_k, format, on_error.value, quiet)
+    retrieved = retrieve_rows(searcher(corpus, retriever), queries, output, top_k, format, on_error.value, quiet)
     if not quiet:
         typer.echo(retrieved, err=True)
 

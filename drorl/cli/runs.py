@@ -1,4 +1,4 @@
-"""Commands about runs: report, serve."""
+"""Commands about runs: train, report, serve."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,23 @@ from typing import Annotated
 import typer
 
 from .app import app
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def train(context: typer.Context) -> None:
+    """Train: the recipe nq.py, with its own options (--config FILE --setting VALUE ..., --help), in this process.
+
+    On several devices: accelerate launch recipes/nq.py, with the same options.
+    """
+    import runpy
+    import sys
+
+    package = Path(__file__).parents[1]
+    # In an installed drorl the recipe is inside it, in a checkout beside it.
+    places = [package / "recipes" / "nq.py", package.parent / "recipes" / "nq.py"]
+    [recipe, *_] = [str(path) for path in places if path.is_file()]
+    sys.argv = [recipe, *context.args]
+    runpy.run_path(recipe, run_name="__main__")
 
 
 @app.command()

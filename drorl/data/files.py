@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -26,6 +27,8 @@ MAX_EXPANSION = 200
 """Texts shrink four to twenty times; a stream that grows more than this is made to fill the memory or the disk."""
 _FREE_BYTES = 1 << 24
 _BUFFER_BYTES = 1 << 16
+_CELL_LINES = 10_000
+"""A cell in quotes that has more is one whose quote was left open."""
 _GZIP, _ZSTD, _BOM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
 _TABLES = (".tsv", ".csv")
 
@@ -33,7 +36,7 @@ Record: TypeAlias = tuple[int, Any]
 """The number of a record in its file, from 1, and the record: parsed JSON, a list of cells, or the `RowError` that
 says why there is none."""
 
-csv.field_size_limit(MAX_RECORD_BYTES)  # an unbalanced quote takes in the rest of the file: up to here
+csv.field_size_limit(MAX_RECORD_BYTES)  # a quote that is left open is looked for the end of: up to here
 
 
 class _Expanding(io.RawIOBase):
@@ -139,8 +142,11 @@ def parsed(text: str, number: int) -> Any:
         return RowError(number, "", f"no JSON that can be read: {error}", "no JSON")
 
 
-def records(path: Path) -> Iterator[Record]:
+def records(path: Path, quoted: bool = True) -> Iterator[Record]:
     """Yields the records of a file: lines or items of JSON, or the rows of a table (.tsv, .csv; also .tsv.gz ...).
+
+    In a table a cell in quotes may hold anything, and a quote in it is doubled; unless it is not `quoted`: then a
+    quote is a character like others.
 
     Of one JSON object over several lines, or of one that maps names to lists of records and so is none itself, each
     entry is a record: `{"key": ..., "value": ...}`.
@@ -155,7 +161,7 @@ def records(path: Path) -> Iterator[Record]:
     is_object = suffix != ".jsonl" and first.startswith(b"{") and _is_whole_object(first, alone)
     with open_stream(path) as stream:
         if suffix in _TABLES:
-            yield from _cells(stream, "\t" if b"\t" in first else ",", path)  # DPR's qa.csv has tabs
+            yield from _cells(stream, "\t" if b"\t" in first else ",", quoted)  # DPR's qa.csv has tabs
         elif first.startswith(b"[") or is_object:
             yield from _streamed(stream, path, "" if is_object else "item")
         else:
@@ -176,41 +182,68 @@ def _are_objects(items: list) -> bool:
     return len(items) > 0 and all(isinstance(item, dict) for item in items)
 
 
+class _Metered:
+    """A stream of which no more than one record is read between two records.
+
+    Args:
+        stream (`io.BufferedReader`): what is read.
+    """
+
+    def __init__(self, stream: io.BufferedReader):
+        self._stream, self.read_bytes = stream, 0
+
+    def read(self, size: int) -> bytes:
+        self.read_bytes += size
+        if self.read_bytes > MAX_RECORD_BYTES + _BUFFER_BYTES:
+            raise ijson.JSONError(f"a record of more than {MAX_RECORD_BYTES >> 20} MiB")
+        return self._stream.read(size)
+
+
 def _streamed(stream: io.BufferedReader, path: Path, prefix: str) -> Iterator[Record]:
-    number = 0
+    number, metered = 0, _Metered(stream)
     try:
         if prefix:
-            for number, item in enumerate(ijson.items(stream, prefix, use_float=True), start=1):
+            for number, item in enumerate(ijson.items(metered, prefix, use_float=True), start=1):
+                metered.read_bytes = 0
                 yield number, item
         else:
-            for number, (key, value) in enumerate(ijson.kvitems(stream, "", use_float=True), start=1):
+            for number, (key, value) in enumerate(ijson.kvitems(metered, "", use_float=True), start=1):
+                metered.read_bytes = 0
                 yield number, {"key": key, "value": value}
     except (ijson.JSONError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"{path}: no JSON after record {number}: {' '.join(str(error).split())}") from error
 
 
-def _cells(stream: io.BufferedReader, delimiter: str, path: Path) -> Iterator[Record]:
-    """Yields the rows of a table; a cell that is quoted may hold anything, a quote in it is doubled."""
-    problems: list[RowError] = []
+def _cells(stream: io.BufferedReader, delimiter: str, quoted: bool) -> Iterator[Record]:
+    """Yields the rows of a table, each with the number of its first line."""
+    source = lines(stream, blank=True)
+    ahead: deque[tuple[int, str | RowError]] = deque()  # what a quote left open had taken in is read again
+    taken: list[tuple[int, str | RowError]] = []
 
     def texts() -> Iterator[str]:
-        for _, line in lines(stream, blank=True):
-            if isinstance(line, RowError):
-                problems.append(line)
-            else:
-                yield line + "\n"
+        while len(taken) < _CELL_LINES and (line := ahead.popleft() if ahead else next(source, None)) is not None:
+            taken.append(line)
+            yield "\n" if isinstance(line[1], RowError) else f"{line[1]}\n"
 
-    reader = csv.reader(texts(), delimiter=delimiter)
-    number = 0
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    rows = csv.reader(texts(), delimiter=delimiter, quoting=quoting, strict=True)
     while True:
-        number += 1
+        taken.clear()
         try:
-            cells = next(reader, None)
+            cells = next(rows, None)
         except csv.Error as error:
-            raise InvalidInputError(f"{path}, row {number}: {error}; is a quote left open?") from error
-        while problems:
-            yield number, problems.pop(0)
+            cells = _refused(error, *taken[0])
+            ahead.extendleft(reversed(taken[1:]))
+            del taken[1:]
+            rows = csv.reader(texts(), delimiter=delimiter, quoting=quoting, strict=True)
         if cells is None:
             return
-        if cells:
-            yield number, cells
+        damaged = next((line for _, line in taken if isinstance(line, RowError)), None)
+        if damaged or cells:
+            yield taken[0][0], damaged or cells
+
+
+def _refused(error: csv.Error, number: int, line: str | RowError) -> RowError:
+    """Why a row of a table is none."""
+    problem = "no row of a table, or a quote is left open"
+    return RowError(number, "", f"{problem} ({error}): {str(line)[:80]!r}", problem)

@@ -76,7 +76,9 @@ def drorl_row(record: Row) -> Row:
     more = {name: value for name, value in record.items() if name not in own}
     candidates = []
     for item in objects_of(record, "candidates"):
-        candidates.append({**item, "title": text_of(item, "title", ""), "text": text_of(item, "text")})
+        score = score_of(item)
+        texts = {"title": text_of(item, "title", ""), "text": text_of(item, "text")}
+        candidates.append(item | texts | ({} if score is None else {"score": score}))
     return {
         "id": record.get("id"),
         "query": text_of(record, "query"),
@@ -138,13 +140,26 @@ def hotpotqa_row(record: Row, aliases: Mapping[str, Sequence[str]] | None = None
     answer_id = record.get("answer_id")
     more = (aliases or {}).get(answer_id, ()) if isinstance(answer_id, str) else ()
     names, gold = ("type", "level", "evidences", "supporting_facts"), _supporting(record.get("supporting_facts"))
+    metadata = {name: record[name] for name in names if name in record}
+    if aliases and record.get("evidences_id"):
+        metadata["evidences"] = _with_aliases(record["evidences"], record["evidences_id"], aliases)
     return {
         "id": row_id,
         "query": text_of(record, "question"),
         "answers": answers_of([record.get("answer"), *more], "answer"),
         "candidates": _paragraphs(record.get("context"), gold),
-        "metadata": {name: record[name] for name in names if name in record} | _golds("gold_titles", gold),
+        "metadata": metadata | _golds("gold_titles", gold),
     }
+
+
+def _with_aliases(evidences: list, ids: list, aliases: Mapping[str, Sequence[str]]) -> list:
+    """2Wiki's triples, subject and object with all of their names."""
+
+    def named(name: str, of: object) -> list[str]:
+        return list(dict.fromkeys([name, *(aliases.get(of, ()) if isinstance(of, str) else ())]))
+
+    pairs = zip(evidences, ids, strict=True)
+    return [[named(subject, s), relation, named(obj, o)] for (subject, relation, obj), (s, _, o) in pairs]
 
 
 def musique_row(record: Row, keep_unanswerable: bool = False) -> Row:
@@ -313,6 +328,8 @@ class Format:
     fields: frozenset[str]
     read: Callable[..., Row]
     has_answers: bool = True
+    quoted: bool = True
+    """Of a table: whether a cell may stand in quotes."""
 
     def fits(self, record: object) -> bool:
         """Whether a record may be of this format. A table's is a list of cells."""
@@ -342,7 +359,7 @@ ROWS: dict[str, Format] = {  # the first that fits is taken: what has more field
     "bare-query": _format("query", plain_row, has_answers=False),
     "beir": _format("_id text gold_ids", beir_row, has_answers=False),
     "qa-table": Format(frozenset(), table_row),
-    "topics": Format(frozenset(), topic_row, has_answers=False),  # to be named: it looks like any table
+    "topics": Format(frozenset(), topic_row, has_answers=False, quoted=False),  # to be named: it looks like any table
 }
 PASSAGES: dict[str, Format] = {
     "flashrag-corpus": _format("contents", flashrag_passage),

@@ -52,6 +52,7 @@ def write_rows(
     change: Callable[[list[Row]], list[Row]] | None = None,
     depends: Sequence[Any] = (),
     quiet: bool = False,
+    shard_rows: int | None = None,
 ) -> Prepared:
     """Writes rows as they are read, or changed, as JSON lines; packed if the name ends in .gz or .zst.
 
@@ -63,6 +64,7 @@ def write_rows(
         change (`Callable`, *optional*): makes a shard of rows of a shard of rows.
         depends (`Sequence`): what `change` depends on, as JSON.
         quiet (`bool`): no progress on stderr.
+        shard_rows (`int`, *optional*): so many rows are lost at most when killed; default: `SHARD_ROWS`.
     """
     name, key = reading.path.name, json.dumps([reading.depends, *depends, VERSION])
     with Shards(output, hashlib.sha256(key.encode()).hexdigest()) as shards:
@@ -72,7 +74,7 @@ def write_rows(
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
             task = progress.add_task(name, total=None)
-            while block := list(islice(rows, SHARD_ROWS)):
+            while block := list(islice(rows, shard_rows or SHARD_ROWS)):
                 block = change(block) if change else block
                 shards.add((json.dumps(row, ensure_ascii=False) for row in block), _note(block, reading))
                 progress.update(task, description=f"{name}: {sum(n['rows'] for n in shards.notes):,} rows")

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from datasets import Dataset
 
 from drorl.errors import InvalidInputError
 
-from .fields import LeftOut, Problem, Row
+from .fields import LeftOut, Problem, Row, list_of
 from .files import Record, records
 from .formats import PASSAGES, ROWS, Format, format_of
 from .hub import dataset_records, is_dataset, open_dataset
@@ -30,6 +31,9 @@ class Reading:
         on_error (`str`): `fail` raises at the first record that is not whole, `skip` leaves it out and counts it.
         options (`dict`): what else the format's function takes: `aliases` of 2wiki, `keep_unanswerable` of musique.
         split (`str`): of a BEIR folder or a data set.
+        num_selected (`int`): a row with fewer candidates is not whole.
+        need_scores (`bool`): nor is one of which a candidate has no score.
+        need_answers (`bool`): nor is one without answers, of a format that has none.
         start (`int`): so many records are passed over, and not looked at.
         skipped (`Counter`): how many records were left out, and why.
         number (`int`): of the last record that was read, from 1.
@@ -45,6 +49,9 @@ class Reading:
     on_error: Literal["fail", "skip"] = "fail"
     options: dict[str, Any] = field(default_factory=dict)
     split: str = "test"
+    num_selected: int = 0
+    need_scores: bool = False
+    need_answers: bool = False
     start: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     number: int = 0
@@ -77,7 +84,7 @@ class Reading:
                     record = self._checked(row, number)
             if isinstance(record, RowError):
                 if self.on_error == "fail":
-                    raise record
+                    raise record.of(self.path)
                 self.skipped[record.kind] += 1
                 continue
             yield record
@@ -93,7 +100,8 @@ class Reading:
     def _records(self) -> Iterator[Record]:
         if self._dataset is not None:
             return dataset_records(self._dataset)
-        return beir_records(self.path, self.split) if self._is_beir else records(self.path)
+        quoted = self.format == "auto" or self.formats[self.format].quoted
+        return beir_records(self.path, self.split) if self._is_beir else records(self.path, quoted)
 
     @cached_property
     def depends(self) -> list[Any]:
@@ -108,18 +116,29 @@ class Reading:
     def _reader(self, record: object) -> Callable[[Any], Row]:
         if self.format == "auto":
             self.format = format_of(record, self.formats, self.path)
-        table = not self.formats[self.format].fields
-        read = partial(self.formats[self.format].read, **self.options)
+        known = self.formats[self.format]
+        self._refuse_options_of_others(known)
+        table = not known.fields
+        read = partial(known.read, **self.options)
 
         def checked(record: object) -> Row:
             if not isinstance(record, list if table else dict):
                 raise Problem("", f"no record of the format {self.format}", record)
             try:
                 return read(record)
-            except (TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:  # something in it is
+            except Problem:
+                raise
+            except (TypeError, AttributeError, LookupError, OverflowError, ValueError) as error:  # something in it is
                 raise Problem("", f"no record of the format {self.format}: {error}", record) from error
 
         return checked
+
+    def _refuse_options_of_others(self, known: Format) -> None:
+        for option in self.options.keys() - signature(known.read).parameters.keys():
+            takers = [name for name, other in self.formats.items() if option in signature(other.read).parameters]
+            raise InvalidInputError(
+                f"{option} is for the format {' or '.join(takers)}, and {self.path} is of the format {self.format}"
+            )
 
     def _checked(self, row: Row, number: int) -> Row | RowError:
         """Completes a row or a passage, and looks at it as the trainer will."""
@@ -129,8 +148,9 @@ class Reading:
         for rank, item in enumerate(row["candidates"], start=1):
             item["rank"] = rank
             item["id"] = str(item["id"] if item.get("id") is not None else f"{row['id']}/{rank}")
-        has_answers = self.formats[self.format].has_answers
-        problem = problem_of(row if has_answers else {**row, "answers": ["-"]}, 0, False)
+        has_answers = self.need_answers or self.formats[self.format].has_answers
+        asked = row if has_answers else {**row, "answers": ["-"]}
+        problem = problem_of(asked, self.num_selected, self.need_scores)
         return row if problem is None else RowError(number, problem[0], problem[1] + problem[2], problem[1])
 
 
@@ -139,8 +159,13 @@ def read_aliases(path: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for number, record in records(path):
         if isinstance(record, RowError):
-            raise record
+            raise record.of(path)
         if not isinstance(record, dict) or "Q_id" not in record:
-            raise RowError(number, "Q_id", "no id of an answer")
-        found[str(record["Q_id"])] = [*record.get("aliases", []), *record.get("demonyms", [])]
+            raise RowError(number, "Q_id", "no id of an answer", path=path)
+        try:
+            found[str(record["Q_id"])] = [
+                str(name) for field in ("aliases", "demonyms") for name in list_of(record, field, [])
+            ]
+        except Problem as problem:
+            raise RowError(number, problem.field, problem.kind + problem.seen, path=path) from problem
     return found

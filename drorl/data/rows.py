@@ -16,6 +16,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from datasets import Dataset
@@ -37,11 +38,19 @@ class RowError(InvalidInputError):
         field (`str`): where in the row, e.g. `candidates[3].text`; empty: all of it.
         problem (`str`): what is wrong with it.
         kind (`str`, *optional*): the same without what was seen, so that it can be counted. Default: `problem`.
+        path (`Path`, *optional*): the file that it is a row of.
     """
 
-    def __init__(self, index: int, field: str, problem: str, kind: str | None = None) -> None:
-        super().__init__(f"row {index}, field {field!r}: {problem}" if field else f"row {index}: {problem}")
+    def __init__(
+        self, index: int, field: str, problem: str, kind: str | None = None, path: Path | None = None
+    ) -> None:
+        where = f"row {index}, field {field!r}" if field else f"row {index}"
+        super().__init__(f"{where}: {problem}" if path is None else f"{path}, {where}: {problem}")
         self.index, self.field, self.problem, self.kind = index, field, problem, kind or problem
+
+    def of(self, path: Path) -> "RowError":
+        """The same, of a row of that file."""
+        return RowError(self.index, self.field, self.problem, self.kind, path)
 
 
 def validate_rows(

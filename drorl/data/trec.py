@@ -22,20 +22,20 @@ def _columns(path: Path, widths: tuple[int, ...]) -> Iterator[tuple[int, list[st
     with open_stream(path) as stream:
         for number, line in lines(stream):
             if isinstance(line, RowError):
-                raise line
+                raise line.of(path)
             cells = line.split()
             if len(cells) not in widths:
-                raise RowError(number, "", f"not {' or '.join(map(str, widths))} columns: {line[:80]!r}")
+                raise RowError(number, "", f"not {' or '.join(map(str, widths))} columns: {line[:80]!r}", path=path)
             yield number, cells
 
 
-def _number(text: str, number: int, field: str) -> float:
+def _number(text: str, path: Path, number: int, field: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise RowError(number, field, f"no number: {text[:80]!r}")
+        raise RowError(number, field, f"no number: {text[:80]!r}", path=path)
     return value
 
 
@@ -49,7 +49,7 @@ def read_qrels(path: Path) -> dict[str, list[str]]:
     for number, cells in _columns(path, (3, 4)):
         if number == 1 and cells[-1] in ("score", "relevance"):
             continue
-        if _number(cells[-1], number, "relevance") > 0:
+        if _number(cells[-1], path, number, "relevance") > 0:
             found[cells[0]].append(cells[-2])
     return dict(found)
 
@@ -62,7 +62,7 @@ def read_run(path: Path) -> dict[str, Ranking]:
     """
     found: dict[str, Ranking] = defaultdict(list)
     for number, (query, _, passage, _, score, _) in _columns(path, (6,)):
-        found[query].append((passage, _number(score, number, "score")))
+        found[query].append((passage, _number(score, path, number, "score")))
     return {query: sorted(ranking, key=lambda pair: -pair[1]) for query, ranking in found.items()}
 
 

@@ -1,6 +1,5 @@
 """The trained system on an engine: selector and generator are two adapters of one base, asked by turns."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -10,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from drorl.adapters import GENERATOR, ROLES, SELECTOR
 from drorl.errors import InvalidInputError
 from drorl.models import choose_dtype
-from drorl.pipeline import SETTINGS_FILE, RAGPipeline
+from drorl.pipeline import RAGPipeline, saved_run
 from drorl.prompts import SelectorPrompt
 from drorl.settings import QUERY_LIKELIHOODS, PipelineSettings
 
@@ -43,7 +42,7 @@ class EnginePipeline(RAGPipeline):
     @classmethod
     def over(cls, engine: Engine, run_dir: Path, versions: Mapping[str, str]) -> Self:
         """Returns the pipeline of a saved run on an engine that has its adapters."""
-        settings = PipelineSettings(**_saved(run_dir)["settings"])
+        _, _, settings = saved_run(run_dir)
         return cls(engine, versions, AutoTokenizer.from_pretrained(run_dir, padding_side="left"), settings)
 
     @classmethod
@@ -78,19 +77,15 @@ def saved_base(run_dir: Path) -> str:
     Raises:
         InvalidInputError: if it has two, or a selector that no engine can ask.
     """
-    saved = _saved(run_dir)
-    if (identifiers := saved["settings"]["identifiers"]) in QUERY_LIKELIHOODS:
+    base, generator_base, settings = saved_run(run_dir)
+    if settings.identifiers in QUERY_LIKELIHOODS:
         raise InvalidInputError(
-            f"{run_dir} was trained with identifiers={identifiers!r}, which asks for the likelihood of prompts: use "
+            f"{run_dir} was trained with identifiers={settings.identifiers!r}, which asks for the likelihood of "
+            'prompts: use backend="transformers"'
+        )
+    if generator_base is not None:
+        raise InvalidInputError(
+            f"{run_dir} has a separate generator ({generator_base}), and an engine has one base: use "
             'backend="transformers"'
         )
-    if saved["generator_base_model"] is not None:
-        raise InvalidInputError(
-            f"{run_dir} has a separate generator ({saved['generator_base_model']}), and an engine has one base: use "
-            'backend="transformers"'
-        )
-    return saved["base_model"]
-
-
-def _saved(run_dir: Path) -> dict:
-    return json.loads((run_dir / SETTINGS_FILE).read_text())
+    return base

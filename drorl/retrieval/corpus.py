@@ -19,7 +19,7 @@ from drorl.data.shards import Shards
 from drorl.errors import InvalidInputError
 
 SHARD_PASSAGES = 20_000
-VERSION = 1
+VERSION = 2
 _FILE, _OFFSETS, _FACTS = "passages.jsonl", "offsets.npy", "corpus.json"
 
 
@@ -69,7 +69,7 @@ class Corpus:
         if len(offsets) == 1:
             raise InvalidInputError(f"{source} has no passages")
         np.save(folder / _OFFSETS, offsets)
-        _refuse_equal_ids(folder / _FILE, len(offsets) - 1)
+        _refuse_equal_ids(folder / _FILE, len(offsets) - 1, source)
         aside = facts.with_suffix(".partial")
         aside.write_text(json.dumps({"of": kept, "key": key, "passages": len(offsets) - 1}))
         aside.replace(facts)
@@ -94,7 +94,7 @@ class Corpus:
             yield [self[position] for position in range(first, min(first + size, len(self)))]
 
 
-def _refuse_equal_ids(path: Path, count: int) -> None:
+def _refuse_equal_ids(path: Path, count: int, source: Path) -> None:
     """Compares the ids of all passages, by 8 bytes of a hash of each.
 
     Raises:
@@ -108,7 +108,7 @@ def _refuse_equal_ids(path: Path, count: int) -> None:
     equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     if len(equal):
         first, second = int(order[equal[0]]) + 1, int(order[equal[0] + 1]) + 1
-        raise RowError(second, "id", f"equal to that of passage {first}", "equal ids")
+        raise RowError(second, "id", f"equal to that of passage {first}", "equal ids", source)
 
 
 def _line_ends(path: Path) -> tuple[np.ndarray, str]:

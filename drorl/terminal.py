@@ -1,0 +1,93 @@
+"""Rows, weights, answers and scores as they are shown in a terminal. Texts of data are never read as markup."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .metrics import contains_answer
+from .scoring import NATS
+from .statistics import Interval
+
+if TYPE_CHECKING:
+    from .inspection import Weighed
+    from .pipeline import Answer
+
+
+def _table(*columns: str) -> Table:
+    """A table; titles and texts are cut, so that each row is a line: the text takes what the terminal leaves it."""
+    table = Table(box=SIMPLE_HEAD, title_justify="left", expand="text" in columns)
+    limits: dict[str, dict[str, Any]] = {"title": {"max_width": 28}, "text": {"ratio": 1}}
+    for name in columns:
+        table.add_column(name, no_wrap=name in ("", *limits), **limits.get(name, {}))
+    return table
+
+
+def _add(table: Table, *cells: object) -> None:
+    table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells))
+
+
+def row_view(row: Mapping[str, Any], num_candidates: int | None = None) -> RenderableType:
+    """Returns a row: query, answers, and its candidates, marked `✓` where an answer stands and `★` where gold."""
+    head = [Text(row["query"], style="bold"), Text(f"answers: {' | '.join(row['answers']) or '-'}")]
+    table = _table("", "", "score", "title", "text")
+    for number, passage in enumerate(row["candidates"][:num_candidates], start=1):
+        holds = bool(row["answers"]) and contains_answer(passage["text"], row["answers"])
+        marks = ("✓" if holds else " ") + ("★" if passage.get("is_gold") else " ")
+        score = "" if passage.get("score") is None else f"{passage['score']:.2f}"
+        _add(table, f"[{number}]", marks, score, passage["title"], " ".join(passage["text"].split()))
+    unread = len(row["candidates"]) - len(row["candidates"][:num_candidates])
+    foot = [Text(f"{unread} more candidates are not read")] if unread else []
+    return Group(*head, table, *foot)
+
+
+def weights_view(weighed: "Weighed") -> RenderableType:
+    """Returns what each sampled permutation got."""
+    table = _table("permutation", "log p_s", "log p_g", "w")
+    logps = zip(weighed.selector_logps.tolist(), weighed.generator_logps.tolist(), strict=True)
+    for z, (selector, generator), weight in zip(weighed.permutations, logps, weighed.importance_weights, strict=True):
+        _add(table, " > ".join(f"[{i + 1}]" for i in z), f"{selector:.2f}", f"{generator:.2f}", f"{weight:.3f}")
+    size = f"effective sample size {weighed.effective_sample_size:.2f} of {len(weighed.permutations)}"
+    return Group(table, Text(f"{size}, iw_elbo {weighed.iw_elbo:.2f} nats"))
+
+
+def answer_view(answer: "Answer", most: int = 5) -> RenderableType:
+    """Returns the passages that were read, how likely each was to be chosen first, and the answer with its sources."""
+    table = _table("", "p", "title", "text")
+    cited = {id(c.passage): f"[{number}]" for number, c in enumerate(answer.citations, start=1)}
+    for place, ranked in enumerate(answer.ranking):
+        if place < most or id(ranked.passage) in cited:
+            passage, mark = ranked.passage, cited.get(id(ranked.passage), "")
+            _add(table, mark, f"{math.exp(ranked.logp):.2f}", passage["title"], " ".join(passage["text"].split()))
+    sources = " ".join(cited.values())
+    return Group(table, Text.assemble((answer.text or "(no answer)", "bold"), f"  {sources}"))
+
+
+def answer_record(row: Mapping[str, Any], answer: "Answer") -> dict[str, Any]:
+    """Returns an answer as JSON; each `logp` is a log-probability, nats: of a citation that of choosing it at its
+    place, of a passage that of choosing it first."""
+
+    def listed(passages: Sequence) -> list[dict[str, Any]]:
+        return [
+            {"rank": rank, **{name: p.passage.get(name) for name in ("id", "title", "text", "score")}, "logp": p.logp}
+            for rank, p in enumerate(passages, start=1)
+        ]
+
+    citations = [{name: c[name] for name in ("id", "title", "logp")} for c in listed(answer.citations)]
+    found = {"query": row["query"], "answer": answer.text, "citations": citations, "passages": listed(answer.ranking)}
+    return {"id": row["id"], **found}
+
+
+def scores_view(count: int, scores: Mapping[str, tuple[Interval, int]]) -> RenderableType:
+    """Returns the means over questions with their intervals."""
+    table = _table("", "mean", "95 % interval", "questions")
+    for name, (interval, n) in scores.items():
+        unit, scale = (" nats", 1) if name in NATS else (" %", 100)
+        low, high = (f"{scale * end:.2f}" for end in interval.ci95)
+        _add(table, name, f"{scale * interval.mean:.2f}{unit}", f"{low} to {high}" if n > 1 else "-", n)
+    table.title = Text(f"{count:,} questions")
+    return table
