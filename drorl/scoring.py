@@ -10,8 +10,8 @@
 | `support_idxs`, `predicted_support_idxs`         | `support/...` (MuSiQue)                                          |
 
 `...` stands for `exact_match`, `f1`, `precision` and `recall`. What is right may also stand in `metadata`, where
-drorl's readers leave it. As in the official scripts, a question without a prediction counts as 0; a measure for which
-no row of the file has a prediction is left out.
+drorl's readers leave it. As in the official scripts, a row that says what is right and lacks what was predicted counts
+as 0; a measure for which no row of the file has anything predicted is left out.
 """
 
 from collections import Counter, defaultdict

@@ -154,7 +154,7 @@ def test_evaluate_goes_on_where_it_was_killed(
     lines_of(*command, tmp_path / "whole.jsonl")
     output = tmp_path / "out.jsonl"
     process = subprocess.Popen([sys.executable, "-c", KILLED, run_dir, source, output])
-    shards, deadline = tmp_path / ".out.jsonl.shards", time.monotonic() + 60
+    shards, deadline = tmp_path / ".out.jsonl.shards", time.monotonic() + 300
     while not (shards / "000001.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
