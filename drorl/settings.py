@@ -1,14 +1,15 @@
-"""The settings that DRO adds to TRL's, and the help that lists them; imports nothing, so that help is instant."""
+"""The settings that DRO adds to TRL's, and the help that lists them; imports nothing large: help is instant."""
 
 import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .metrics import PRESETS
+
 QUERY_LIKELIHOODS = ("query", "expanded_query")
 """Identifiers that are not written: a passage is scored by how likely it makes the query."""
 IDENTIFIERS = ("number", "letter", "title", *QUERY_LIKELIHOODS)
 REWARDS = ("log_likelihood", "likelihood", "f1")
-METRIC_PRESETS = ("kilt", "hotpot", "dro-official")
 
 
 def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -59,7 +60,7 @@ class DROSettings(PipelineSettings):
     min_importance_weight: float = _setting(0.0, "Permutations of a smaller weight do not train the generator.")
     max_tokens_per_forward: int | None = _setting(None, "Bound on the distinct tokens of a forward pass.")
     generator_learning_rate: float | None = _setting(None, "Learning rate of the generator; default: learning_rate.")
-    metric_preset: str = _setting("kilt", "Whose exact match and F1 an evaluation reports.", METRIC_PRESETS)
+    metric_preset: str = _setting("kilt", "Whose exact match and F1 an evaluation reports.", tuple(PRESETS))
 
 
 def help_text(description: str, *settings: Any) -> str:

@@ -20,8 +20,6 @@ from drorl.data.load import load_rows
 from drorl.data.reading import Reading
 from drorl.data.rows import RowError, validate_rows
 from drorl.errors import InvalidInputError
-from drorl.metrics import PRESETS
-from drorl.settings import METRIC_PRESETS
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 NAMES = ("nq", "hotpotqa", "2wiki", "musique", "wow")
@@ -115,7 +113,6 @@ def test_the_five_differ_only_in_their_data() -> None:
         other = settings(name)
         differing = {key for key in first.keys() | other.keys() if first.get(key) != other.get(key)}
         assert differing - OWN == (wow if name == "wow" else set()), name
-    assert METRIC_PRESETS == tuple(PRESETS)
 
 
 @pytest.mark.parametrize("file", ["hotpot_train_v1.1.json", "2wiki/train.json", "musique_ans_v1.0_train.jsonl"])

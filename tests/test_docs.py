@@ -76,9 +76,9 @@ def test_the_commands_run_with_the_embedded_model(tmp_path: Path) -> None:
 
 
 def test_the_readme_says_the_same() -> None:
-    """Its short form is the page's first block, to the letter."""
+    """Its short form begins with the page's first block, to the letter."""
     section = README.split("## Your own data")[1].split("\n## ")[0]
-    assert blocks(section, "sh") == blocks(PAGE, "sh")[:1]
+    assert blocks(section, "sh")[0] == blocks(PAGE, "sh")[0]
 
 
 def test_every_format_and_preset_is_described() -> None:
