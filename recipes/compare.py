@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from compare_cell import Asked, run_cell
+from compare_cell import Asked, pace_key, run_cell
 from filelock import FileLock, Timeout
 
 from drorl.comparison import Cell, Results
@@ -79,7 +79,7 @@ class Grid:
         return {name: ranking for name, (ranking, of) in self.readings.items() if of == method}
 
 
-def queries_of(budget: str, method: str, paces: dict[str, dict]) -> int:
+def queries_of(budget: str, method: str, settings: dict[str, Any], paces: dict[str, dict]) -> int:
     """Returns how many queries of training a budget is for a method.
 
     Raises:
@@ -94,9 +94,10 @@ def queries_of(budget: str, method: str, paces: dict[str, dict]) -> int:
         unit = ""
     if unit != "minutes":
         raise InvalidInputError(f"a budget is 'N minutes' or 'N queries', not {budget!r}")
-    if method not in paces:
+    pace = paces.get(pace_key(settings))
+    if pace is None:
         raise InvalidInputError(f"the pace of {method!r} is not known: recipes/compare.py pace measures it")
-    return round(60 * minutes / paces[method]["seconds_per_query"])
+    return round(60 * minutes / pace["seconds_per_query"])
 
 
 # ------------------------------------------------------------------------------------------------------------ the grid
@@ -106,31 +107,27 @@ def cells_of(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
     for budget in args.budgets or grid.budgets:
         for seed in args.seeds or grid.seeds:
             for method in methods:
-                queries = queries_of(budget, method, grid.paces)
-                yield Asked(method, grid.settings(method), seed, budget, queries, "test", grid.readings_of(method))
+                settings = grid.settings(method)
+                queries = queries_of(budget, method, settings, grid.paces)
+                yield Asked(method, settings, seed, budget, queries, "test", grid.readings_of(method))
 
 
 def tuning_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
     """Yields the cells in which each method tries the same settings."""
     budget, seed = grid.tuning["budget"], grid.seeds[0]
-    for method in args.methods or list(grid.methods):
+    for method in args.methods or grid.tuning["methods"]:
         for extra in grid.tuning["settings"]:
-            name = tuning_name(method, extra)
-            queries = queries_of(budget, name, grid.paces)
-            yield Asked(name, grid.settings(method, extra), seed, budget, queries, "validation", {})
-
-
-def tuning_name(method: str, extra: dict[str, Any]) -> str:
-    """Names a method with some settings to try."""
-    return f"{method} / " + ", ".join(f"{key} {value:g}" for key, value in extra.items())
+            name = f"{method} / " + ", ".join(f"{key} {value:g}" for key, value in extra.items())
+            settings = grid.settings(method, extra)
+            yield Asked(name, settings, seed, budget, queries_of(budget, name, settings, grid.paces), "validation", {})
 
 
 def paced_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
     """Yields every method as it is, and with the settings that tuning tries, to be timed."""
     for method in args.methods or list(grid.methods):
-        variants = {method: {}} | {tuning_name(method, extra): extra for extra in grid.tuning.get("settings", [])}
-        for name, extra in variants.items():
-            yield Asked(name, grid.settings(method, extra), grid.seeds[0], "", 0, "", {})
+        tried = grid.tuning["settings"] if method in grid.tuning.get("methods", ()) else []
+        for extra in ({}, *tried):
+            yield Asked(method, grid.settings(method, extra), grid.seeds[0], "", 0, "", {})
 
 
 def run(cells: Iterator[Asked], path: Path, work: Path, force: bool) -> int:

@@ -27,12 +27,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger("drorl.compare")
 CURVES = ("effective_sample_size", "iw_elbo", "selector/entropy", "importance_weights/max", "reward")
 POSITION_QUESTIONS = 12
+SAME_PACE = (
+    "learning_rate",
+    "generator_learning_rate",
+    "ranking",
+    "num_eval_questions",
+    "max_minutes",
+    "warmup_queries",
+)
+"""Settings that change nothing of what a step computes."""
 
 
 def data_of(settings: dict[str, Any]) -> str:
     """Names the data of a cell: a new build of the embedded set makes other cells, and other warm-ups."""
     embedded = import_module(f"drorl.data.{settings.get('embedded_data', 'vitalqa')}")
     return settings.get("train_file") or embedded.build_key()
+
+
+def pace_key(settings: dict[str, Any]) -> str:
+    """Names what decides how long a query takes; settings of equal keys compute the same."""
+    computed = {name: value for name, value in settings.items() if name not in SAME_PACE}
+    return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def queries_per_step(config: "DROConfig") -> float:

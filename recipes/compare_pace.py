@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_cell import Asked, configured, queries_per_step, warmed_up
+from compare_cell import Asked, configured, pace_key, queries_per_step, warmed_up
 from nq import load_data
 from rich.progress import track
 from transformers import TrainerCallback
@@ -24,8 +24,6 @@ from transformers import TrainerCallback
 from drorl.experiment import commit, machine
 
 ROUNDS, TIMED_QUERIES, TIMED_STEPS = 3, 8, 2
-SAME_PACE = ("learning_rate", "generator_learning_rate", "ranking", "num_eval_questions")
-"""Settings that change nothing of what a step computes."""
 
 
 class StepClock(TrainerCallback):
@@ -55,17 +53,20 @@ def measure(cells: Iterable[Asked], path: Path, work: Path, rounds: int = ROUNDS
     """Measures methods by turns, and adds them to a file; methods that compute the same are measured as one."""
     groups: dict[str, list[Asked]] = {}
     for asked in cells:
-        computed = {name: value for name, value in asked.settings.items() if name not in SAME_PACE}
-        groups.setdefault(json.dumps(computed, sort_keys=True), []).append(asked)
-    turns = [asked for _ in range(rounds) for asked in groups.items()]
-    seconds: dict[str, list[float]] = {computed: [] for computed in groups}
-    for computed, members in track(turns, "pace of each method"):
-        seconds[computed].append(round(seconds_per_query(members[0], work), 4))
+        groups.setdefault(pace_key(asked.settings), []).append(asked)
+    seconds: dict[str, list[float]] = {key: [] for key in groups}
+    for key in track([*groups] * rounds, "pace of each method"):
+        seconds[key].append(round(seconds_per_query(groups[key][0], work), 4))
     paces = json.loads(path.read_text()) if path.exists() else {}
-    for computed, members in groups.items():
-        found = {"seconds_per_query": statistics.median(seconds[computed]), "rounds": seconds[computed]}
-        about = {"threads": torch.get_num_threads(), "machine": machine(), "commit": commit()}
-        paces |= {asked.method: {**found, **about} for asked in members}
+    for key, members in groups.items():
+        paces[key] = {
+            "seconds_per_query": statistics.median(seconds[key]),
+            "rounds": seconds[key],
+            "methods": sorted({asked.method for asked in members}),
+            "batch": members[0].settings["per_device_train_batch_size"],
+            "machine": machine(),
+            "commit": commit(),
+        }
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(paces, indent=1) + "\n")
     aside.replace(path)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from compare import Grid, queries_of
+from compare_cell import pace_key
 from compare_report import write_report
 from filelock import FileLock
 from rich.console import Console
@@ -280,14 +281,15 @@ def test_questions_that_are_asked_together_are_answered_as_alone(
 # ------------------------------------------------------------------------------------------------------------ the grid
 def test_a_budget_is_minutes_or_queries() -> None:
     """Minutes are the queries that fit in at the method's pace; what is neither, or has no pace, is refused."""
-    paces = {"dro": {"seconds_per_query": 2.5}}
-    assert queries_of("1.5 minutes", "dro", paces) == 36
-    assert queries_of("40 queries", "anything", {}) == 40
+    paces = {pace_key({"proposal": "policy", "learning_rate": 1.0}): {"seconds_per_query": 2.5}}
+    settings = {"proposal": "policy", "learning_rate": 0.5}  # which computes the same
+    assert queries_of("1.5 minutes", "dro", settings, paces) == 36
+    assert queries_of("40 queries", "anything", {}, {}) == 40
     for budget in ("10", "10 hours", "x minutes", "1.5 queries"):
         with pytest.raises(InvalidInputError, match="N minutes"):
-            queries_of(budget, "dro", paces)
+            queries_of(budget, "dro", settings, paces)
     with pytest.raises(InvalidInputError, match="pace of 'grpo' is not known"):
-        queries_of("1 minutes", "grpo", paces)
+        queries_of("1 minutes", "grpo", {**settings, "proposal": "first_choices"}, paces)
 
 
 def test_the_shipped_grids_are_valid() -> None:
@@ -307,7 +309,7 @@ def test_the_shipped_grids_are_valid() -> None:
                 settings = {k: v for k, v in grid.settings(method, extra).items() if k != "ranking"}
                 TrlParser((ScriptArguments, DROConfig)).parse_dict({**settings, "use_cpu": True})
         for budget in grid.budgets:
-            queries_of(budget, "any", {"any": {"seconds_per_query": 1.0}})
+            queries_of(budget, "any", {}, {pace_key({}): {"seconds_per_query": 1.0}})
         with pytest.raises(InvalidInputError, match="no method 'nonsense'"):
             grid.settings("nonsense")
 
@@ -398,11 +400,12 @@ def test_a_grid_from_nothing_to_a_report(small_grid: Path) -> None:
     measured = compare(small_grid, "pace", "--methods", "dro", "sft")
     assert measured.returncode == 0, measured.stderr
     paces = json.loads((small_grid / "small.pace.json").read_text())
-    assert sorted(paces) == ["dro", "sft"]
+    by_method = {pace["methods"][0]: pace for pace in paces.values()}
+    assert by_method.keys() == {"dro", "sft"}
     for pace in paces.values():
         assert len(pace["rounds"]) == 3
         assert min(pace["rounds"]) <= pace["seconds_per_query"] <= max(pace["rounds"])
-    minutes = 4.4 * paces["sft"]["seconds_per_query"] / 60  # two steps of two queries
+    minutes = 4.4 * by_method["sft"]["seconds_per_query"] / 60  # two steps of two queries
     by_time = compare(small_grid, "run", "--methods", "sft", "--budgets", f"{minutes} minutes")
     assert by_time.returncode == 0, by_time.stderr
     assert Results(results.path).cells["sft", 1, f"{minutes} minutes"].query_steps == 4
