@@ -351,6 +351,7 @@ def test_a_quote_left_open_spoils_its_own_row_alone(tmp_path: Path, monkeypatch:
         "a row with quotes": (good + quoted + good, ["4", "5", "8"]),
         "a quote in a row": (good + "who \"{}\"?\t['x']\n" + good, ["4", "5", "6"]),
         "the end": (good * 30, [str(number) for number in range(4, 34)]),
+        "one that would close it, far away": (good * 20 + "end\"\t['x']\n", [str(n) for n in range(4, 25)]),
     }
     monkeypatch.setattr(files, "_CELL_LINES", 10)
     for tail, numbers in tails.values():
