@@ -31,7 +31,7 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[demo,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[demo,dev,retrieval]'
 	@touch $@
 
 # vLLM in an environment of its own: it pins some seventy packages. Three that come with it are built for another torch
@@ -41,7 +41,7 @@ install-vllm: $(VLLM_INSTALLED) ## create .venv-vllm with drorl and vLLM
 $(VLLM_INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --disable-pip-version-check $(TORCH)
-	.venv-vllm/bin/python -m pip install --disable-pip-version-check $(VLLM) -e '.[demo,dev]'
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check $(VLLM) -e '.[demo,dev,retrieval]'
 	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -1,6 +1,7 @@
 """The `drorl` command: versions, and mistakes answered in one line."""
 
 import re
+import subprocess
 import sys
 
 import pytest
@@ -40,6 +41,15 @@ def test_an_extra_that_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "drorl.retrieval.bm25", raising=False)
     said = message_of(monkeypatch, "index", "--corpus", str(tmp_path), "--output", str(tmp_path / "o"))
     assert said == "drorl: bm25s is not installed: pip install 'drorl[retrieval]'"
+
+
+def test_reading_files_loads_no_framework():
+    """What prepare and retrieve import takes a fifth of a second: no datasets, no torch."""
+    code = "import sys, drorl.cli, drorl.retrieval.run, drorl.retrieval.ranked, drorl.data.trec"
+    loaded = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(*sys.modules)"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    assert {"datasets", "torch", "transformers", "pandas"}.isdisjoint(loaded.stdout.split())
 
 
 @pytest.mark.parametrize("error", [DownloadError, ChecksumError])

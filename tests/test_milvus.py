@@ -77,13 +77,18 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     return Corpus.build(path, tmp_path / "c")
 
 
+def texts_of(passages: Sequence[dict[str, str]]) -> list[str]:
+    """What is encoded of passages."""
+    return [f"{passage['title']} {passage['text']}" for passage in passages]
+
+
 @pytest.fixture
 def build(corpus: Corpus, url: str) -> Iterator[Callable[..., Milvus]]:
     """Builds it with an encoder of passages, and closes it at the end: a file of Milvus Lite is held by one only."""
     built: list[Milvus] = []
 
-    def make(passages: milvus.Encode = encode) -> Milvus:
-        built.append(Milvus.build(corpus, url, passages, encode, "by hash"))
+    def make(passages: milvus.Encode = encode) -> Milvus:  # of their texts
+        built.append(Milvus.build(corpus, url, lambda block: passages(texts_of(block)), encode, "by hash"))
         return built[-1]
 
     yield make
@@ -94,8 +99,7 @@ def build(corpus: Corpus, url: str) -> Iterator[Callable[..., Milvus]]:
 def brute_force(corpus: Corpus, query: str) -> list[tuple[str, float]]:
     """All passages with their inner products in float64, best first."""
     passages = [corpus[i] for i in range(len(corpus))]
-    texts = [f"{passage['title']} {passage['text']}" for passage in passages]
-    scores = encode(texts).astype(np.float64) @ encode([query])[0].astype(np.float64)
+    scores = encode(texts_of(passages)).astype(np.float64) @ encode([query])[0].astype(np.float64)
     return [(passages[i]["id"], scores[i]) for i in np.argsort(-scores, kind="stable")]
 
 
@@ -160,11 +164,11 @@ def test_killed_while_loading(corpus: Corpus, tmp_path: Path) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
-from test_milvus import Corpus, Milvus, encode, milvus
+from test_milvus import Corpus, Milvus, encode, milvus, texts_of
 milvus.BLOCK, blocks = 100, []
-def dying(texts):
-    blocks.append(texts)
-    return encode(texts) if len(blocks) < 3 else os.kill(os.getpid(), signal.SIGKILL)
+def dying(passages):
+    blocks.append(passages)
+    return encode(texts_of(passages)) if len(blocks) < 3 else os.kill(os.getpid(), signal.SIGKILL)
 Milvus.build(Corpus(Path({str(corpus.folder)!r})), {url!r}, dying, encode, "by hash")
 """
     environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}"}
@@ -172,9 +176,9 @@ Milvus.build(Corpus(Path({str(corpus.folder)!r})), {url!r}, dying, encode, "by h
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     asked: list[int] = []
 
-    def counting(texts: Sequence[str]) -> np.ndarray:
-        asked.append(len(texts))
-        return encode(texts)
+    def counting(passages: Sequence[dict[str, str]]) -> np.ndarray:
+        asked.append(len(passages))
+        return encode(texts_of(passages))
 
     retriever = Milvus.build(corpus, url, counting, encode, "by hash")
     assert asked == [100]

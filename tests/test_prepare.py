@@ -23,6 +23,11 @@ from drorl.errors import InvalidInputError
 run = CliRunner().invoke
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRORL_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def prepare_rows(source: Path, output: Path) -> Prepared:
     """Writes the rows of a file, without those that are broken."""
     return write_rows(Reading(source, on_error="skip"), output, quiet=True)
@@ -42,6 +47,7 @@ def test_rows_are_counted_and_packed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for rows in (7, 1000):
         monkeypatch.setattr(prepare, "SHARD_ROWS", rows)
         for name, unpacked in (("a.jsonl", bytes), ("a.gz", gzip.decompress), ("a.zst", _unpacked)):
+            (tmp_path / name).unlink(missing_ok=True)  # else it stays as it is
             prepared = prepare_rows(source, tmp_path / name)
             lines = unpacked((tmp_path / name).read_bytes()).decode().splitlines()
             assert [json.loads(line)["query"] for line in lines] == wanted

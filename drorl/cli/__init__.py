@@ -11,6 +11,8 @@ __all__ = ["app", "main"]
 _EXTRAS = {
     "bm25s": "retrieval",
     "Stemmer": "retrieval",
+    "faiss": "retrieval",
+    "sentence_transformers": "retrieval",
     "pymilvus": "milvus",
     "anyio": "serve",
     "starlette": "serve",

@@ -1,5 +1,6 @@
 """The application, and the options that several commands share."""
 
+import logging
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,18 @@ OnErrorOption = Annotated[OnError, typer.Option(help="Stop at a broken record, o
 FormatOption = Annotated[str, typer.Option(help="A format's name; auto goes by the first record.")]
 OutputOption = Annotated[Path, typer.Option(help="Rows as JSON lines; packed if the name ends in .gz or .zst.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Nothing on stderr but errors.")]
+
+
+class _ToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
+
+
+def show_log(quiet: bool) -> None:
+    """Puts what drorl has to say while it works on stderr; of a quiet command warnings only."""
+    log = logging.getLogger("drorl")
+    log.handlers = [_ToStderr()]
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def _version(show: bool) -> None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InvalidInputError
+from ..retrieval.retrievers import Place, open_retriever
 from .app import FormatOption, OnError, OnErrorOption, QuietOption, app
 from .data import Preset
-from .retrieval import RetrieverName, searcher
+from .retrieval import BM25, RetrieverOption, SearchedOption, SetOption, given
 
 if TYPE_CHECKING:
     from ..data.reading import Reading
@@ -23,7 +24,6 @@ AnswerTarget = Enum("AnswerTarget", {name: name for name in ("surface", "first",
 RunArgument = Annotated[Path, typer.Argument(help="A trained run: a folder with drorl.json, selector/, generator/.")]
 DtypeOption = Annotated[str, typer.Option(help="Of the models; auto measures on a CPU.")]
 TargetOption = Annotated[AnswerTarget, typer.Option(help="The gold answer whose likelihood is asked.")]
-RetrieverOption = Annotated[RetrieverName, typer.Option(help="What searches the corpus.")]
 
 
 def _load(run_dir: Path, dtype: str) -> "RAGPipeline":
@@ -89,8 +89,9 @@ def answer(
     run_dir: RunArgument,
     query: Annotated[str | None, typer.Option(help="One question.")] = None,
     input: Annotated[Path | None, typer.Option(help="Many, in any format; with candidates, unless --corpus.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Passages: a file, or a folder of drorl index.")] = None,
-    retriever: RetrieverOption = RetrieverName.bm25,
+    corpus: SearchedOption = None,
+    retriever: RetrieverOption = BM25,
+    set_: SetOption = None,
     format: FormatOption = "auto",
     dtype: DtypeOption = "auto",
     on_error: OnErrorOption = OnError.fail,
@@ -109,7 +110,7 @@ def answer(
         raise typer.BadParameter("a question alone has no passages to answer from: give --corpus")
     if query is not None and not query.isprintable():
         raise typer.BadParameter(f"the question holds what is no text: {query!r}")
-    search = None if corpus is None else searcher(corpus, retriever)
+    search = None if corpus is None else open_retriever(retriever.value, Place(corpus), given(set_))
     pipeline, console = _load(run_dir, dtype), Console()
     if input is None:
         rows: Iterator[dict] = iter([{"id": None, "query": query, "candidates": _found(pipeline, search, str(query))}])
@@ -156,7 +157,8 @@ def _with_candidates(reading: "Reading", pipeline: "RAGPipeline", search: Any) -
 def chat(
     run_dir: RunArgument,
     corpus: Annotated[Path, typer.Option(help="Passages: a file, or a folder of drorl index.")],
-    retriever: RetrieverOption = RetrieverName.bm25,
+    retriever: RetrieverOption = BM25,
+    set_: SetOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
     """Try a run by hand: a question a line; Ctrl-D or Ctrl-C ends it."""
@@ -166,7 +168,8 @@ def chat(
 
     from ..terminal import answer_view
 
-    search, pipeline, console = searcher(corpus, retriever), _load(run_dir, dtype), Console()
+    search = open_retriever(retriever.value, Place(corpus), given(set_))
+    pipeline, console = _load(run_dir, dtype), Console()
     prompt = "question> " if sys.stdin.isatty() else ""
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is piped in may be anything

@@ -43,6 +43,7 @@ def prepare(
     quiet: QuietOption = False,
 ) -> None:
     """Turn any format into rows: id, query, answers, candidates, metadata."""
+    from ..data.packages import sha256_of
     from ..data.prepare import write_rows
     from ..data.reading import Reading, read_aliases
     from ..data.trec import read_qrels, read_run
@@ -57,7 +58,7 @@ def prepare(
     change, depends = None, []
     if run is not None and corpus is not None:
         ranking, judged = read_run(run), None if qrels is None else read_qrels(qrels)
-        change, depends = Ranked(ranking, corpus, judged, top_k), [ranking, str(corpus), judged, top_k]
+        change, depends = Ranked(ranking, corpus, judged, top_k), [ranking, sha256_of(corpus), judged, top_k]
     prepared = write_rows(reading, output, change, depends, quiet)
     if not quiet:
         typer.echo(prepared, err=True)

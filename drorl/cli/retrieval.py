@@ -6,53 +6,52 @@ from typing import Annotated
 
 import typer
 
-from .app import FormatOption, OnError, OnErrorOption, OutputOption, QuietOption, app
+from ..retrieval.retrievers import RETRIEVERS, Place, open_retriever
+from .app import FormatOption, OnError, OnErrorOption, OutputOption, QuietOption, app, show_log
 
-RetrieverName = Enum("RetrieverName", {"bm25": "bm25"})
-CorpusOption = Annotated[
-    Path,
-    typer.Option(help="Passages: a file (psgs_w100.tsv, FlashRAG, BEIR, id/title/text), or a folder of drorl index."),
+RetrieverName = Enum("RetrieverName", {name: name for name in RETRIEVERS})
+BM25 = RetrieverName["bm25"]
+RetrieverOption = Annotated[RetrieverName, typer.Option(help="What searches.")]
+SearchedOption = Annotated[Path | None, typer.Option(help="Passages: a file, or a folder of drorl index.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A setting of the retriever, as often as needed. bm25: k1, b, stemmer (a language, or none), stop_words. "
+        "dense: model, index (flat, ivfpq, hnsw), query_prefix, passage_prefix, probes, refine. hybrid: of "
+        "(bm25,dense), constant, depth, and those of its retrievers, such as bm25.k1. http: url, timeout, batch_size, "
+        "tries. milvus: url, model, query_prefix, passage_prefix. colbert: model, device.",
+    ),
 ]
-
-
-def searcher(corpus: Path, retriever: RetrieverName):
-    """Returns what searches a corpus; one in a file is indexed once, in the cache."""
-    from ..retrieval.bm25 import BM25
-    from ..retrieval.run import corpus_of
-
-    made = corpus_of(corpus)
-    folder = made.folder / retriever.value
-    return BM25(made, folder) if corpus.is_dir() else BM25.build(made, folder)
 
 
 @app.command()
 def index(
-    corpus: CorpusOption,
-    output: Annotated[Path, typer.Option(help="Folder of the corpus and its index.")],
-    retriever: Annotated[RetrieverName, typer.Option(help="What is to search it.")] = RetrieverName.bm25,
+    corpus: Annotated[Path, typer.Option(help="Passages: psgs_w100.tsv, FlashRAG, BEIR, or id, title, text.")],
+    output: Annotated[Path, typer.Option(help="Folder of the corpus and its indexes.")],
+    retriever: RetrieverOption = BM25,
+    set_: SetOption = None,
     format: FormatOption = "auto",
     on_error: OnErrorOption = OnError.fail,
-    k1: Annotated[float, typer.Option(help="BM25: how soon further occurrences count less.")] = 0.9,
-    b: Annotated[float, typer.Option(help="BM25: how much length counts, 0 to 1.", min=0, max=1)] = 0.4,
-    stemmer: Annotated[str, typer.Option(help="BM25: a language of Snowball, or none.")] = "english",
+    quiet: QuietOption = False,
 ) -> None:
-    """Index a corpus; a run that was killed goes on where it was."""
-    from ..retrieval.bm25 import BM25, BM25Settings
-    from ..retrieval.corpus import Corpus
-
-    settings = BM25Settings(k1, b, None if stemmer == "none" else stemmer)
-    made = Corpus.build(corpus, output, format, on_error.value)
-    BM25.build(made, output / retriever.value, settings)
-    typer.echo(f"{len(made):,} passages in {output}", err=True)
+    """Index a corpus; a run that was killed goes on where it was. Several retrievers can share a folder."""
+    show_log(quiet)
+    place = Place(corpus, output, format, on_error.value)
+    open_retriever(retriever.value, place, given(set_))
+    if not quiet:
+        typer.echo(f"{len(place.corpus):,} passages in {output}", err=True)
 
 
 @app.command()
 def retrieve(
-    corpus: CorpusOption,
     queries: Annotated[Path, typer.Option(help="Questions in any format that drorl prepare reads.")],
     output: OutputOption,
-    retriever: Annotated[RetrieverName, typer.Option(help="What searches.")] = RetrieverName.bm25,
+    corpus: SearchedOption = None,
+    retriever: RetrieverOption = BM25,
     top_k: Annotated[int, typer.Option(help="Candidates of each question.", min=1)] = 20,
+    set_: SetOption = None,
     format: FormatOption = "auto",
     on_error: OnErrorOption = OnError.fail,
     quiet: QuietOption = False,
@@ -60,26 +59,36 @@ def retrieve(
     """Find candidates for questions. A corpus in a file is indexed once, in the cache."""
     from ..retrieval.run import retrieve_rows
 
-    retrieved = retrieve_rows(searcher(corpus, retriever), queries, output, top_k, format, on_error.value, quiet)
+    show_log(quiet)
+    searcher = open_retriever(retriever.value, Place(corpus, on_error=on_error.value), given(set_))
+    retrieved = retrieve_rows(searcher, queries, output, top_k, format, on_error.value, quiet)
     if not quiet:
         typer.echo(retrieved, err=True)
 
 
 @app.command()
 def serve_retriever(
-    corpus: CorpusOption,
-    retriever: Annotated[RetrieverName, typer.Option(help="What searches.")] = RetrieverName.bm25,
+    corpus: SearchedOption = None,
+    retriever: RetrieverOption = BM25,
+    set_: SetOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any that is free.", min=0, max=65535)] = 8000,
+    quiet: QuietOption = False,
 ) -> None:
-    """Serve a corpus over the /retrieve protocol of Search-R1, until SIGTERM."""
-    from ..retrieval.bm25 import BM25
-    from ..retrieval.run import corpus_of
+    """Serve a retriever over the /retrieve protocol of Search-R1, until SIGTERM."""
     from ..retrieval.server import listen, serve
 
+    show_log(quiet)
     sock = listen(host, port)  # first: who asks while the index is made is answered when it is
-    made = corpus_of(corpus)
-    folder = made.folder / retriever.value
-    searcher = BM25(made, folder) if corpus.is_dir() else BM25.build(made, folder)
-    typer.echo(f"{len(made):,} passages on http://{host}:{sock.getsockname()[1]}", err=True)
+    searcher = open_retriever(retriever.value, Place(corpus), given(set_))
+    if not quiet:
+        typer.echo(f"{retriever.value} on http://{host}:{sock.getsockname()[1]}", err=True)
     serve(searcher, sock)
+
+
+def given(settings: list[str] | None) -> dict[str, str]:
+    """Returns what was set, by name."""
+    pairs = [setting.partition("=") for setting in settings or []]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise typer.BadParameter(f"--set {wrong[0]}: write a name, =, and a value")
+    return {name: value for name, _, value in pairs}

@@ -11,15 +11,15 @@ Behind the question mark stand arguments of `datasets.load_dataset`: `name` (of 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
-
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
 
 from drorl.errors import InvalidInputError
 
 from .files import Record
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes a second to import, which reading files does not need
 
 ARGUMENTS = ("name", "split", "revision")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -38,12 +38,15 @@ def _is_saved(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json"))
 
 
-def open_dataset(source: Path, split: str) -> Dataset:
+def open_dataset(source: Path, split: str) -> "Dataset":
     """Returns a data set; `split` is the one to take where the source names none.
 
     Raises:
         InvalidInputError: if it cannot be had.
     """
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
     name, _, asked = str(source).partition("?")
     arguments = {"split": split, **dict(parse_qsl(asked))}
     if unknown := arguments.keys() - set(ARGUMENTS):
@@ -60,7 +63,7 @@ def open_dataset(source: Path, split: str) -> Dataset:
     return saved[arguments["split"]] if isinstance(saved, DatasetDict) else saved
 
 
-def dataset_records(dataset: Dataset) -> Iterator[Record]:
+def dataset_records(dataset: "Dataset") -> Iterator[Record]:
     """Yields the records of a data set, from 1; in a table what a record lacks is `None`, and is left out again."""
     for number, record in enumerate(dataset, start=1):
         yield number, _without_none(record)

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .fields import Row
+from .packages import cache_dir, sha256_of
 from .reading import Reading
-from .shards import Shards
+from .shards import Shards, only_one
 
 SHARD_ROWS = 2_000
 FLASHRAG_2WIKI = 15_000
@@ -57,6 +58,7 @@ def write_rows(
     """Writes rows as they are read, or changed, as JSON lines; packed if the name ends in .gz or .zst.
 
     A run that was killed goes on after its last finished shard, and ends with the file that it would have written.
+    Where the output is already what would be written, by the hash of all it depends on and by its own, it stays.
 
     Args:
         reading ([`Reading`]): the rows.
@@ -64,27 +66,58 @@ def write_rows(
         change (`Callable`, *optional*): makes a shard of rows of a shard of rows.
         depends (`Sequence`): what `change` depends on, as JSON.
         quiet (`bool`): no progress on stderr.
-        shard_rows (`int`, *optional*): so many rows are lost at most when killed; default: `SHARD_ROWS`.
+        shard_rows (`int`, *optional*): rows that are in memory at a time, and lost at most when killed. Default:
+            `SHARD_ROWS`.
     """
-    name, key = reading.path.name, json.dumps([reading.depends, *depends, VERSION])
-    with Shards(output, hashlib.sha256(key.encode()).hexdigest()) as shards:
+    name = json.dumps([reading.depends, *depends, output.suffix, VERSION])
+    key = hashlib.sha256(name.encode()).hexdigest()
+    with only_one(output):
+        kept = cache_dir() / "outputs" / f"{key}.json"
+        made = _made_before(output, kept)
+        if not made:
+            made = _write(reading, output, change, key, quiet, shard_rows or SHARD_ROWS)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(made))
+    counted = ("rows", "without_candidates", "passages", "with_gold")
+    totals = {name: sum(note[name] for note in made["notes"]) for name in counted}
+    skipped = sum((Counter(note["skipped"]) for note in made["notes"]), Counter())
+    return Prepared(format=made["format"], skipped=skipped, **totals)
+
+
+def _made_before(output: Path, kept: Path) -> dict[str, Any]:
+    """Returns what was said of an output when it was made, nothing if that is not what lies there."""
+    try:
+        made = json.loads(kept.read_text())
+        return made if output.is_file() and sha256_of(output) == made["sha256"] else {}
+    except (OSError, ValueError):  # never made, or killed while that was written
+        return {}
+
+
+def _write(
+    reading: Reading,
+    output: Path,
+    change: Callable[[list[Row]], list[Row]] | None,
+    key: str,
+    quiet: bool,
+    shard_rows: int,
+) -> dict[str, Any]:
+    """Writes the rows, and returns what is to be known of them and of the file."""
+    name = reading.path.name
+    with Shards(output, key) as shards:
         if shards.notes:
             reading.start = shards.notes[-1]["record"]
         rows = iter(reading)
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
             task = progress.add_task(name, total=None)
-            while block := list(islice(rows, shard_rows or SHARD_ROWS)):
+            while block := list(islice(rows, shard_rows)):
                 block = change(block) if change else block
                 shards.add((json.dumps(row, ensure_ascii=False) for row in block), _note(block, reading))
                 progress.update(task, description=f"{name}: {sum(n['rows'] for n in shards.notes):,} rows")
         if reading.skipped:  # behind the last row
             shards.add([], _note([], reading))
         shards.finish()
-    counted = ("rows", "without_candidates", "passages", "with_gold")
-    totals = {name: sum(note[name] for note in shards.notes) for name in counted}
-    skipped = sum((Counter(note["skipped"]) for note in shards.notes), Counter())
-    return Prepared(format=reading.format, skipped=skipped, **totals)
+    return {"sha256": sha256_of(output), "format": reading.format, "notes": shards.notes}
 
 
 def _note(block: list[Row], reading: Reading) -> dict[str, Any]:

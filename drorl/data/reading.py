@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any, Literal
 
 from drorl.errors import InvalidInputError
 
@@ -16,8 +14,12 @@ from .fields import LeftOut, Problem, Row, list_of
 from .files import Record, records
 from .formats import PASSAGES, ROWS, Format, format_of
 from .hub import dataset_records, is_dataset, open_dataset
+from .packages import sha256_of
 from .rows import RowError, problem_of
 from .trec import beir_records
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Reading:
         return self.formats is ROWS and any((self.path / name).exists() for name in ("queries.jsonl", "qrels"))
 
     @cached_property
-    def _dataset(self) -> Dataset | None:
+    def _dataset(self) -> "Dataset | None":
         return open_dataset(self.path, self.split) if is_dataset(self.path) and not self._is_beir else None
 
     def _records(self) -> Iterator[Record]:
@@ -105,13 +107,14 @@ class Reading:
 
     @cached_property
     def depends(self) -> list[Any]:
-        """What the rows depend on, as JSON: files by their paths, sizes and times."""
-        path = self.path.resolve()
+        """What the rows depend on, as JSON: files by a hash of what is in them, whatever they are called or dated."""
+        path = self.path
         files = [path / "queries.jsonl", path / "qrels" / f"{self.split}.tsv"] if self._is_beir else [path]
-        stats: list[Any] = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+        content = [sha256_of(file) for file in files if file.is_file()]
         if self._dataset is not None:
-            stats = [self._dataset._fingerprint]
-        return [stats, self.format, self.on_error, self.options, self.split]
+            content = [self._dataset._fingerprint]
+        # A format may go by the file's name.
+        return [content, "".join(path.suffixes), self.format, self.on_error, self.options, self.split]
 
     def _reader(self, record: object) -> Callable[[Any], Row]:
         if self.format == "auto":

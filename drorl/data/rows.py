@@ -17,17 +17,18 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from drorl.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes a second to import, which reading files does not need
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("query", "answers", "candidates")
 
-Rows = TypeVar("Rows", Dataset, list[dict[str, Any]])
+Rows = TypeVar("Rows", "Dataset", list[dict[str, Any]])
 
 
 class RowError(InvalidInputError):
@@ -72,7 +73,7 @@ def validate_rows(
     kept: list[int] = []
     skipped: Counter[str] = Counter()
     looked_at = rows
-    if isinstance(rows, Dataset):  # the other columns would only have to be decoded
+    if not isinstance(rows, list):  # the other columns would only have to be decoded
         looked_at = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
     for index, row in enumerate(looked_at):
         problem = problem_of(row, num_selected, require_scores)
@@ -87,7 +88,7 @@ def validate_rows(
         return rows, skipped
     reasons = ", ".join(f"{kind} ({count})" for kind, count in skipped.most_common())
     logger.warning("Skipped %d of %d rows: %s", skipped.total(), len(rows), reasons)
-    return (rows.select(kept) if isinstance(rows, Dataset) else [rows[index] for index in kept]), skipped
+    return ([rows[index] for index in kept] if isinstance(rows, list) else rows.select(kept)), skipped
 
 
 def problem_of(row: Mapping[str, Any], num_selected: int, require_scores: bool) -> tuple[str, str, str] | None:

@@ -1,17 +1,45 @@
 """A long output in shards that survive being killed: what is finished is kept, and the whole appears at once."""
 
 import gzip
+import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import zstandard
+from filelock import FileLock, Timeout
 
 from drorl.errors import InvalidInputError
+
+from .packages import cache_dir
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def only_one(target: Path) -> Generator[None]:
+    """Lets one process of this machine at a time make a target; the next one says so, and waits.
+
+    The lock is kept in the cache, so that nothing lies about beside what a user has asked for.
+    """
+    name = hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:16]
+    path = cache_dir() / "locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process is making %s: waiting until it is done", target)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Shards:

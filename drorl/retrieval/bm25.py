@@ -10,26 +10,35 @@ Source: Kamphuis et al., Which BM25 do you mean?, ECIR 2020, Table 1 (Lucene, ac
 """
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import bm25s
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
 from Stemmer import Stemmer, algorithms
 
+from drorl.data.shards import only_one
 from drorl.errors import InvalidInputError
 
 from .corpus import SHARD_PASSAGES, Corpus
+from .facts import read_facts, replace, write_facts
+from .retrievers import Place, settings_of
 
 _WORD = re.compile(r"(?u)\b\w\w+\b")  # bm25s's own
-_FACTS = "bm25.json"
-VERSION = 1
+_FACTS, _LARGEST = "bm25.json", "largest.npy"
+_ROUNDING = 1 - 1e-5
+"""Sums in another order differ in their last bits: a passage is left out only if it is further away than that."""
+VERSION = 2
+Postings: TypeAlias = tuple[np.ndarray, np.ndarray, float]
+"""The passages that hold a term, in their order, its score in each, and the largest of these."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +86,27 @@ class BM25:
     Args:
         corpus ([`Corpus`]): what is searched.
         folder (`Path`): made by [`build`].
+        settings ([`BM25Settings`], *optional*): those that it must have been made with.
+        threads (`int`, *optional*): queries at a time; whatever it is, the candidates are the same. Default: one for
+            each core that this process may use.
 
     Raises:
-        InvalidInputError: if there is no index in it, or one of another corpus.
+        InvalidInputError: if there is no index in it, or one of another corpus or of other settings.
     """
 
-    def __init__(self, corpus: Corpus, folder: Path):
-        self.corpus = corpus
-        try:
-            facts = json.loads((folder / _FACTS).read_text())
-        except (OSError, ValueError) as error:
-            raise InvalidInputError(f"{folder} holds no BM25 index: make one with drorl index") from error
+    def __init__(self, corpus: Corpus, folder: Path, settings: BM25Settings | None = None, threads: int | None = None):
+        self.corpus, self.threads = corpus, threads or len(os.sched_getaffinity(0))
+        facts = read_facts(folder / _FACTS)
+        if facts is None:
+            raise InvalidInputError(f"{folder} holds no BM25 index: make one with drorl index")
         if facts["corpus"] != corpus.key or facts["version"] != VERSION:
             raise InvalidInputError(f"{folder} is an index of another corpus or version: make it again")
         self.settings = BM25Settings(**facts["settings"])
+        if settings not in (None, self.settings):
+            raise InvalidInputError(f"{folder} was made with {self.settings}: make it again with drorl index")
         self.key = f"bm25 {json.dumps(facts, sort_keys=True)}"
         self._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+        self._largest = np.load(folder / _LARGEST)
 
     @classmethod
     def build(cls, corpus: Corpus, folder: Path, settings: BM25Settings | None = None) -> "BM25":
@@ -102,24 +116,11 @@ class BM25:
         """
         settings = settings or BM25Settings()
         facts = {"corpus": corpus.key, "settings": asdict(settings), "version": VERSION}
-        kept = folder / _FACTS
-        if not (kept.exists() and json.loads(kept.read_text()) == facts):
-            folder.mkdir(parents=True, exist_ok=True)
-            kept.unlink(missing_ok=True)
-            parts = folder / "shards"
-            if not _is_json(parts / _FACTS, facts):
-                (parts / _FACTS).unlink(missing_ok=True)
-                shutil.rmtree(parts, ignore_errors=True)
-                parts.mkdir()
-                (parts / "partial").write_text(json.dumps(facts))
-                (parts / "partial").replace(parts / _FACTS)
-            _count(corpus, parts, settings)
-            _join(corpus, parts, folder, settings)
-            aside = folder / "partial"
-            aside.write_text(json.dumps(facts))
-            aside.replace(kept)
-            (parts / _FACTS).unlink()  # first: what is left of the shards when killed is of no use to anybody
-            shutil.rmtree(parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_one(folder):
+            if read_facts(folder / _FACTS) != facts:
+                (folder / _FACTS).unlink(missing_ok=True)
+                _build(corpus, folder, settings, facts)
         return cls(corpus, folder)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[dict[str, Any]]]:
@@ -127,26 +128,93 @@ class BM25:
 
         Passages that share no term with the query are none of its candidates: there may be fewer than k.
         """
-        return [self._search(query, k) for query in queries]
+        asked = [self._known_terms(query) for query in queries]  # here: a stemmer is no matter of several threads
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(partial(self._search, k=k), asked))
 
-    def _search(self, query: str, k: int) -> list[dict[str, Any]]:
-        vocabulary = self._index.vocab_dict
-        terms = [vocabulary[term] for term in terms_of(query, self.settings) if term in vocabulary]
+    def _known_terms(self, query: str) -> list[int]:
+        numbers = self._index.vocab_dict
+        return sorted(numbers[term] for term in terms_of(query, self.settings) if term in numbers)
+
+    def _search(self, terms: list[int], k: int) -> list[dict[str, Any]]:
         if not terms or k < 1:
             return []
-        scores = self._index.get_scores_from_ids(sorted(terms))  # always added in this order, to the last bit
-        least = np.partition(scores, -k)[-k] if k < len(scores) else 0.0
-        found = np.flatnonzero((scores >= least) & (scores > 0))  # all that are equal to the last one, too
-        best = found[np.lexsort((found, -scores[found]))][:k]
+        found, scores = _best([self._postings(term) for term in terms], k, len(self.corpus))
         return [
-            {**self.corpus[int(position)], "score": float(scores[position]), "rank": rank}
-            for rank, position in enumerate(best, start=1)
+            {**self.corpus[position], "score": score, "rank": rank}
+            for rank, (position, score) in enumerate(zip(found.tolist(), scores.tolist(), strict=True), start=1)
         ]
+
+    def _postings(self, term: int) -> Postings:
+        start, end = (int(self._index.scores["indptr"][i]) for i in (term, term + 1))
+        passages, scores = (self._index.scores[name][start:end] for name in ("indices", "data"))
+        return passages, scores, float(self._largest[term])
+
+
+def _best(lists: Sequence[Postings], k: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the best k passages and their scores, best first; equal ones in the corpus' order.
+
+    The terms' lists are added up from the shortest, which has the largest scores, to the longest. Once k passages have
+    more than the lists to come could give together, a passage that is in none but them cannot be among the best: only
+    those that still can be are looked up in them. That is exact, and the additions are the same in the same order.
+
+    Source: Turtle and Flood, Query evaluation: strategies and optimizations, 1995 (max_score, term at a time).
+
+    Args:
+        lists (`Sequence`): the postings of each term.
+        k (`int`): how many are wanted.
+        count (`int`): passages of the corpus.
+    """
+    lists = sorted(lists, key=lambda postings: len(postings[0]))
+    scores = np.zeros(count, dtype=np.float32)
+    found, least = None, 0.0  # the passages that can be among the best (or any), and what k passages have reached
+    for number, (passages, weights, _) in enumerate(lists):
+        left = sum(largest for _, _, largest in lists[number:])
+        if found is None and left < least * _ROUNDING:
+            found = np.flatnonzero(scores >= least * _ROUNDING - left)
+        if found is None:
+            scores[passages] += weights
+            reached = scores[passages]
+        else:
+            places = np.minimum(np.searchsorted(passages, found), len(passages) - 1)
+            scores[found] += np.where(passages[places] == found, weights[places], np.float32(0))
+            reached = scores[found]
+        if len(reached) >= k:
+            least = max(least, float(np.partition(reached, -k)[-k]))
+        if found is not None:
+            found = found[reached >= least * _ROUNDING - (left - lists[number][2])]
+    if found is None:
+        found = np.flatnonzero(scores >= max(least, np.finfo(np.float32).tiny))
+    best = found[np.lexsort((found, -scores[found]))[:k]]
+    return best, scores[best]
+
+
+def open_bm25(place: Place, given: Mapping[str, str]) -> BM25:
+    """Opens the index of a place, or builds it there; see [`~drorl.retrieval.retrievers.open_retriever`]."""
+    folder = place.corpus.folder / "bm25"
+    if place.builds:
+        return BM25.build(place.corpus, folder, settings_of(BM25Settings, given))
+    return BM25(place.corpus, folder, settings_of(BM25Settings, given, (read_facts(folder / _FACTS) or {})))
 
 
 # ------------------------------------------------------------------------------------------------------------ building
-def _is_json(path: Path, content: Any) -> bool:
-    return path.exists() and json.loads(path.read_text()) == content
+def _build(corpus: Corpus, folder: Path, settings: BM25Settings, facts: dict[str, Any]) -> None:
+    parts, joined = folder / "shards", folder / "joined"
+    if read_facts(parts / _FACTS) != facts:
+        (parts / _FACTS).unlink(missing_ok=True)
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir()
+        write_facts(parts / _FACTS, facts)
+    _count(corpus, parts, settings)
+    shutil.rmtree(joined, ignore_errors=True)
+    joined.mkdir()
+    _join(corpus, parts, joined, settings)
+    for path in joined.iterdir():  # whoever searches an older index keeps its files
+        path.replace(folder / path.name)
+    joined.rmdir()
+    write_facts(folder / _FACTS, facts)
+    (parts / _FACTS).unlink()  # first: what is left of the shards when killed is of no use to anybody
+    shutil.rmtree(parts)
 
 
 def _count(corpus: Corpus, parts: Path, settings: BM25Settings) -> None:
@@ -164,17 +232,15 @@ def _count(corpus: Corpus, parts: Path, settings: BM25Settings) -> None:
         # By term, and within a term by passage: the order of the index.
         pairs, counts = np.unique(np.array(ids, dtype=np.int64) * len(block) + passages, return_counts=True)
         terms, passages = np.divmod(pairs, len(block))
-        aside = parts / "partial"
-        with aside.open("wb") as file:
-            np.savez(
-                file,
-                terms=terms.astype(np.int32),
-                passages=passages.astype(np.int32),
-                counts=counts.astype(np.int32),
-                lengths=lengths,
-                vocabulary=np.frombuffer("\n".join(vocabulary).encode(), dtype=np.uint8),
-            )
-        aside.replace(parts / f"{number:06d}.npz")
+        arrays = {"terms": terms, "passages": passages, "counts": counts, "lengths": lengths}
+        arrays = {name: array.astype(np.int32) for name, array in arrays.items()}
+        words = np.frombuffer("\n".join(vocabulary).encode(), dtype=np.uint8)
+        replace(parts / f"{number:06d}.npz", partial(_save_shard, arrays | {"vocabulary": words}))
+
+
+def _save_shard(arrays: dict[str, np.ndarray], path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)  # ty: ignore[invalid-argument-type]
 
 
 def _join(corpus: Corpus, parts: Path, folder: Path, settings: BM25Settings) -> None:
@@ -196,7 +262,7 @@ def _join(corpus: Corpus, parts: Path, folder: Path, settings: BM25Settings) -> 
         name: np.lib.format.open_memmap(folder / f"{name}.csc.index.npy", "w+", kind, (int(starts[-1]),))
         for name, kind in kinds.items()
     }
-    heads = starts[:-1].copy()
+    heads, largest = starts[:-1].copy(), np.zeros(len(frequencies), dtype=np.float32)
     for number, path in enumerate(shards):
         with np.load(path) as shard:
             ids = _global_ids(shard["vocabulary"], vocabulary)
@@ -205,12 +271,15 @@ def _join(corpus: Corpus, parts: Path, folder: Path, settings: BM25Settings) -> 
         first = np.repeat(np.cumsum(per_term) - per_term, per_term)  # entries are sorted by term
         places = heads[ids][local] + np.arange(len(local)) - first
         weights = counts / (counts + settings.k1 * (1 - settings.b + settings.b * lengths[passages] / mean))
-        arrays["data"][places] = idf[ids][local] * weights
+        scores = (idf[ids][local] * weights).astype(np.float32)
+        arrays["data"][places] = scores
+        largest[ids] = np.maximum(largest[ids], np.maximum.reduceat(scores, np.cumsum(per_term) - per_term))
         arrays["indices"][places] = passages + number * SHARD_PASSAGES
         heads[ids] += per_term
     for array in arrays.values():
         array.flush()
     np.save(folder / "indptr.csc.index.npy", starts)
+    np.save(folder / _LARGEST, largest)
     (folder / "vocab.index.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     params = {"k1": settings.k1, "b": settings.b, "delta": 0.5, "method": "lucene", "idf_method": "lucene"}
     params |= {"dtype": "float32", "int_dtype": "int32", "num_docs": len(corpus), "backend": "numpy"}

@@ -14,7 +14,8 @@ passages' numbers in a pickle, and reads it for every search.
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from pylate.models import ColBERT as Encoder
 from drorl.errors import InvalidInputError
 
 from .corpus import Corpus
+from .facts import read_facts, write_facts
+from .retrievers import Place, settings_of
 
 SHARD_PASSAGES = 5_000
 """Passages that are encoded at a time. With 128 dimensions a passage of 140 tokens takes 35 KB of disk until the index
@@ -53,7 +56,7 @@ class ColBERT:
     def __init__(self, corpus: Corpus, folder: Path, model: str, device: str | None = None):
         self.corpus = corpus
         facts = _facts(corpus, model)
-        if not _is_json(folder / _FACTS, facts):
+        if read_facts(folder / _FACTS) != facts:
             raise InvalidInputError(f"{folder} holds no ColBERT index of this corpus by {model}: make one first")
         self.key = f"colbert {json.dumps(facts, sort_keys=True)}"
         self._encoder = _encoder(model, device)
@@ -67,13 +70,13 @@ class ColBERT:
         28 GB of 21 million), and the index, 70 bytes a token.
         """
         facts = _facts(corpus, model)
-        if not _is_json(folder / _FACTS, facts):
+        if read_facts(folder / _FACTS) != facts:
             (folder / _FACTS).unlink(missing_ok=True)
             parts = folder / "shards"
-            if not _is_json(parts / _FACTS, facts):
+            if read_facts(parts / _FACTS) != facts:
                 shutil.rmtree(parts, ignore_errors=True)
                 parts.mkdir(parents=True)
-                _write_json(parts / _FACTS, facts)
+                write_facts(parts / _FACTS, facts)
             _encode(corpus, parts, _encoder(model, device))
             shutil.rmtree(folder / "plaid", ignore_errors=True)
             # Below `start_from_scratch` passages it would keep the vectors in a pickle, for an update.
@@ -81,7 +84,7 @@ class ColBERT:
             with torch.random.fork_rng():
                 torch.manual_seed(0)  # passages for k-means are drawn without the seed that `create` takes
                 index.create(_vectors(parts), nbits=_BITS, use_triton_kmeans=False, start_from_scratch=0)
-            _write_json(folder / _FACTS, facts)
+            write_facts(folder / _FACTS, facts)
             shutil.rmtree(parts)
         return cls(corpus, folder, model, device)
 
@@ -142,16 +145,6 @@ def _facts(corpus: Corpus, model: str) -> dict[str, Any]:
     return {"corpus": corpus.key, "model": known, "bits": _BITS, "version": VERSION}
 
 
-def _is_json(path: Path, content: Any) -> bool:
-    return path.exists() and json.loads(path.read_text()) == content
-
-
-def _write_json(path: Path, content: Any) -> None:
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(content))
-    aside.replace(path)
-
-
 def _encode(corpus: Corpus, parts: Path, encoder: Encoder) -> None:
     """Writes the vectors of each shard of passages, and how many each passage has; the latter once all is there."""
     done = len(list(parts.glob("*.lengths.npy")))
@@ -169,3 +162,23 @@ def _vectors(parts: Path) -> list[torch.Tensor]:
         shard = np.load(path.with_name(path.name.replace("lengths", "vectors")), mmap_mode="c")
         vectors += torch.from_numpy(shard).split(np.load(path).tolist())
     return vectors
+
+
+@dataclass(frozen=True)
+class ColBERTSettings:
+    """Whose vectors.
+
+    Args:
+        model (`str`): see [`ColBERT`].
+        device (`str`, *optional*): of the model and the index; default: a GPU if there is one.
+    """
+
+    model: str
+    device: str | None = None
+
+
+def open_colbert(place: Place, given: Mapping[str, str]) -> ColBERT:
+    """Opens the index of a place, or builds it there; see [`~drorl.retrieval.retrievers.open_retriever`]."""
+    settings, folder = settings_of(ColBERTSettings, given), place.corpus.folder / "colbert"
+    make = ColBERT.build if place.builds else ColBERT
+    return make(place.corpus, folder, settings.model, settings.device)

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-import mmap
+import logging
+import os
+from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ from drorl.data.files import MAX_RECORD_BYTES, records
 from drorl.data.formats import PASSAGES
 from drorl.data.reading import Reading
 from drorl.data.rows import RowError
-from drorl.data.shards import Shards
+from drorl.data.shards import Shards, only_one
 from drorl.errors import InvalidInputError
+
+from .facts import read_facts, replace, write_facts
+
+logger = logging.getLogger(__name__)
 
 SHARD_PASSAGES = 20_000
 VERSION = 2
@@ -35,13 +40,15 @@ class Corpus:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        try:
-            facts = json.loads((folder / _FACTS).read_text())
-        except (OSError, ValueError) as error:
-            raise InvalidInputError(f"{folder} holds no corpus: make one with drorl index") from error
+        facts = read_facts(folder / _FACTS)
+        if facts is None or facts.get("version") != VERSION:
+            raise InvalidInputError(f"{folder} holds no corpus of this version: make one with drorl index")
         self.key: str = facts["key"]
         """Of the content: equal passages in equal order have equal keys."""
+        self.skipped: Counter[str] = Counter(facts["skipped"])
+        """How many records of the file were left out, and why."""
         self._offsets = np.load(folder / _OFFSETS, mmap_mode="r")
+        self._file = (folder / _FILE).open("rb")  # read, not mapped: what is mapped counts as this process' memory
 
     @classmethod
     def build(cls, source: Path, folder: Path, format: str = "auto", on_error: str = "fail") -> "Corpus":
@@ -53,40 +60,23 @@ class Corpus:
         """
         folder.mkdir(parents=True, exist_ok=True)
         reading = Reading(source, PASSAGES, format, on_error)  # ty: ignore[invalid-argument-type]
-        kept = json.dumps([reading.depends, VERSION])
-        facts = folder / _FACTS
-        if facts.exists() and json.loads(facts.read_text())["of"] == kept:
-            return cls(folder)
-        facts.unlink(missing_ok=True)
-        with Shards(folder / _FILE, kept) as shards:
-            if shards.notes:
-                reading.start = shards.notes[-1]["record"]
-            passages = iter(reading)
-            while block := list(islice(passages, SHARD_PASSAGES)):
-                shards.add((json.dumps(passage, ensure_ascii=False) for passage in block), {"record": reading.number})
-            shards.finish()
-        offsets, key = _line_ends(folder / _FILE)
-        if len(offsets) == 1:
-            raise InvalidInputError(f"{source} has no passages")
-        np.save(folder / _OFFSETS, offsets)
-        _refuse_equal_ids(folder / _FILE, len(offsets) - 1, source)
-        aside = facts.with_suffix(".partial")
-        aside.write_text(json.dumps({"of": kept, "key": key, "passages": len(offsets) - 1}))
-        aside.replace(facts)
-        return cls(folder)
+        of = json.dumps([reading.depends, VERSION])
+        with only_one(folder / _FILE):
+            if (read_facts(folder / _FACTS) or {}).get("of") != of:
+                (folder / _FACTS).unlink(missing_ok=True)
+                _make(reading, folder, of)
+        corpus = cls(folder)
+        for kind, count in corpus.skipped.most_common():
+            logger.info("%s: left out %s: %s", source, f"{count:,}", kind)
+        return corpus
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    @cached_property
-    def _bytes(self) -> mmap.mmap:
-        with (self.folder / _FILE).open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The passage at a position: id, title, text."""
-        start, end = self._offsets[position], self._offsets[position + 1]
-        return json.loads(self._bytes[start:end])
+        start, end = int(self._offsets[position]), int(self._offsets[position + 1])
+        return json.loads(os.pread(self._file.fileno(), end - start, start))
 
     def blocks(self, start: int, size: int) -> Iterator[list[dict[str, Any]]]:
         """Yields the passages from a position on, in blocks."""
@@ -94,11 +84,42 @@ class Corpus:
             yield [self[position] for position in range(first, min(first + size, len(self)))]
 
 
-def _refuse_equal_ids(path: Path, count: int, source: Path) -> None:
-    """Compares the ids of all passages, by 8 bytes of a hash of each.
+def _make(reading: Reading, folder: Path, of: str) -> None:
+    """Writes the passages, where each begins, and last the facts."""
+    path = folder / _FILE
+    with Shards(path, of) as shards:
+        if shards.notes:
+            reading.start = shards.notes[-1]["record"]
+        passages = iter(reading)
+        while block := list(islice(passages, SHARD_PASSAGES)):
+            lines = (json.dumps(passage, ensure_ascii=False) for passage in block)
+            shards.add(lines, {"record": reading.number, "skipped": dict(reading.skipped)})
+            reading.skipped.clear()
+        shards.finish()
+    skipped = sum((Counter(note["skipped"]) for note in shards.notes), Counter(reading.skipped))
+    count = sum(1 for _ in path.open("rb"))
+    if count == 0:
+        raise InvalidInputError(f"{reading.path} has no passages")
+    first, later = _equal_ids(path, count)
+    if len(later) and reading.on_error == "fail":
+        raise RowError(int(later[0]) + 1, "id", f"equal to that of passage {int(first[0]) + 1}", "equal ids")
+    if len(later):
+        skipped["equal ids"] = len(later)
+        _leave_out(path, later, count)
+    offsets, key = _line_ends(path)
+    replace(folder / _OFFSETS, lambda aside: _save(aside, offsets))
+    write_facts(folder / _FACTS, {"of": of, "key": key, "version": VERSION, "skipped": skipped})
 
-    Raises:
-        RowError: if an id occurs twice, with the numbers of the passages (a header is none).
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:  # np.save puts .npy behind a name without it
+        np.save(file, array)
+
+
+def _equal_ids(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the passages whose id an earlier one has, and these earlier ones, by 8 bytes of a hash of each id.
+
+    Of 21 million different ids, two have equal hashes with probability 1e-5.
     """
     hashes = np.empty(count, dtype=np.uint64)
     for position, (_, passage) in enumerate(records(path)):
@@ -106,9 +127,20 @@ def _refuse_equal_ids(path: Path, count: int, source: Path) -> None:
         hashes[position] = int.from_bytes(digest, "little")
     order = np.argsort(hashes, kind="stable")
     equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    if len(equal):
-        first, second = int(order[equal[0]]) + 1, int(order[equal[0] + 1]) + 1
-        raise RowError(second, "id", f"equal to that of passage {first}", "equal ids", source)
+    by_place = np.argsort(order[equal + 1])
+    return order[equal][by_place], order[equal + 1][by_place]
+
+
+def _leave_out(path: Path, positions: np.ndarray, count: int) -> None:
+    """Writes a file of lines again without some of them."""
+    is_kept = np.ones(count, dtype=bool)
+    is_kept[positions] = False
+
+    def write(aside: Path) -> None:
+        with path.open("rb") as lines, aside.open("wb") as file:
+            file.writelines(line for line, keep in zip(lines, is_kept, strict=True) if keep)
+
+    replace(path, write)
 
 
 def _line_ends(path: Path) -> tuple[np.ndarray, str]:

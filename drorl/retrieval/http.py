@@ -12,8 +12,9 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,8 @@ from drorl.data.fields import Problem, Row, candidate, score_of, text_of
 from drorl.data.formats import title_and_text
 from drorl.data.rows import RowError
 from drorl.errors import InvalidInputError, UserError
+
+from .retrievers import Place, settings_of
 
 MAX_ANSWER_BYTES = 1 << 26
 _FIRST_DELAY = 0.5
@@ -240,3 +243,19 @@ def _candidate(item: object, rank: int) -> Row:
     made = hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:16] if name is None else text_of(document, name)
     score = score_of(given if "score" in given else document)
     return {"id": made, **candidate(title, text, score=score, rank=rank)}
+
+
+@dataclass(frozen=True)
+class HTTPSettings:
+    """Who is asked, see [`HTTPRetriever`]."""
+
+    url: str
+    timeout: float = 120.0
+    batch_size: int = 64
+    tries: int = 5
+
+
+def open_http(place: Place, given: Mapping[str, str]) -> HTTPRetriever:
+    """Opens a server, which has its own corpus; see [`~drorl.retrieval.retrievers.open_retriever`]."""
+    settings = settings_of(HTTPSettings, given)
+    return HTTPRetriever(settings.url, settings.timeout, settings.batch_size, settings.tries)

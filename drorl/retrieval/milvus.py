@@ -7,7 +7,9 @@ disk; Milvus keeps a vector for each position in it. Source: https://milvus.io/d
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,9 +18,13 @@ from pymilvus import DataType, MilvusClient, MilvusException
 from drorl.errors import InvalidInputError, UserError
 
 from .corpus import Corpus
+from .encoder import WORDLLAMA_ALIAS, Encoder
+from .retrievers import Place, settings_of
 
 Encode: TypeAlias = Callable[[Sequence[str]], np.ndarray]
-"""Vectors of texts, `(texts, dimensions)`, float32; by their inner product is searched."""
+"""Vectors of queries, `(queries, dimensions)`; by their inner product with those of passages is searched."""
+EncodePassages: TypeAlias = Callable[[Sequence[dict[str, Any]]], np.ndarray]
+"""Vectors of passages, `(passages, dimensions)`."""
 
 BLOCK = 1_000
 """Passages of one insertion, and queries of one search; Milvus takes messages up to 64 MB."""
@@ -66,7 +72,7 @@ class Milvus:
         cls,
         corpus: Corpus,
         url: str,
-        encode_passages: Encode,
+        encode_passages: EncodePassages,
         encode: Encode,
         encoder: str,
         token: str = "",
@@ -148,10 +154,10 @@ def _create(client: MilvusClient, name: str, dimensions: int) -> None:
     client.load_collection(name, timeout=_SECONDS)
 
 
-def _load(client: MilvusClient, name: str, corpus: Corpus, start: int, encode: Encode) -> None:
+def _load(client: MilvusClient, name: str, corpus: Corpus, start: int, encode: EncodePassages) -> None:
     """Loads the passages from a position on."""
     for block in corpus.blocks(start, BLOCK):
-        vectors = encode([f"{passage['title']} {passage['text']}" for passage in block])
+        vectors = encode(block)
         if not client.has_collection(name):
             _create(client, name, vectors.shape[1])
         rows = [{"id": position, "vector": vector.tolist()} for position, vector in enumerate(vectors, start)]
@@ -171,3 +177,31 @@ def _count(client: MilvusClient, name: str) -> int:
 def _reason(error: Exception) -> str:
     """An error of Milvus in one line."""
     return " ".join(str(getattr(error, "message", None) or error).split())[:300]
+
+
+@dataclass(frozen=True)
+class MilvusSettings:
+    """Where the vectors are, and whose.
+
+    Args:
+        url (`str`): a file whose name ends in .db, or the address of a server.
+        model (`str`), query_prefix (`str`, *optional*), passage_prefix (`str`, *optional*): see [`Encoder`].
+    """
+
+    url: str
+    model: str = WORDLLAMA_ALIAS
+    query_prefix: str | None = None
+    passage_prefix: str | None = None
+
+
+def open_milvus(place: Place, given: Mapping[str, str]) -> Milvus:
+    """Opens the vectors of a corpus, or loads them; see [`~drorl.retrieval.retrievers.open_retriever`].
+
+    The token is that of the environment variable `MILVUS_TOKEN`: what is on a command line can be read by others.
+    """
+    settings, token = settings_of(MilvusSettings, given), os.environ.get("MILVUS_TOKEN", "")
+    encoder = Encoder(settings.model, settings.query_prefix, settings.passage_prefix)
+    name = json.dumps([encoder.weights, encoder.query_prefix, encoder.passage_prefix])
+    if place.builds:
+        return Milvus.build(place.corpus, settings.url, encoder.passages, encoder.queries, name, token)
+    return Milvus(place.corpus, settings.url, encoder.queries, name, token)

@@ -1,36 +1,17 @@
-"""Candidates for the questions of a file, resumed where it was stopped."""
+"""Candidates for the questions of a file: resumed where it was stopped, and not found twice."""
 
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from drorl.data.fields import Row
-from drorl.data.packages import cache_dir
-from drorl.data.prepare import Prepared, write_rows
+from drorl.data.prepare import SHARD_ROWS, Prepared, write_rows
 from drorl.data.reading import Reading
 from drorl.errors import InvalidInputError
 
-from .corpus import Corpus
+from .retrievers import Retriever
 
-
-class Retriever(Protocol):
-    """What finds candidates."""
-
-    key: str
-    """Of all that its answers depend on."""
-
-    def search(self, queries: Sequence[str], k: int) -> list[list[dict[str, Any]]]:
-        """Returns the best k passages of each query: id, title, text, score and rank, best first."""
-        ...
-
-
-def corpus_of(source: Path, format: str = "auto", on_error: str = "fail") -> Corpus:
-    """Returns the corpus of a folder of `drorl index`, or makes one of a file of passages, once, in the cache."""
-    if source.is_dir():
-        return Corpus(source)
-    name = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:16]
-    return Corpus.build(source, cache_dir() / "corpora" / name, format, on_error)
+SHARD_CANDIDATES = 40_000
+"""Passages that are in memory at a time, some 50 MB of text."""
 
 
 def retrieve_rows(
@@ -58,7 +39,8 @@ def retrieve_rows(
         return [{**row, "candidates": _marked(f, row["metadata"])} for row, f in zip(rows, found, strict=True)]
 
     reading = Reading(queries, format=format, on_error=on_error)  # ty: ignore[invalid-argument-type]
-    return write_rows(reading, output, with_candidates, [retriever.key, k], quiet)
+    shard_rows = max(1, min(SHARD_ROWS, SHARD_CANDIDATES // k))
+    return write_rows(reading, output, with_candidates, [retriever.key, k], quiet, shard_rows)
 
 
 def _marked(candidates: list[dict[str, Any]], metadata: dict[str, Any]) -> list[dict[str, Any]]:
