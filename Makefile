@@ -31,7 +31,7 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[demo,dev,retrieval]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[demo,dev,retrieval,serve,milvus]'
 	@touch $@
 
 # vLLM in an environment of its own: it pins some seventy packages. Three that come with it are built for another torch

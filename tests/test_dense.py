@@ -100,7 +100,7 @@ def test_indexes_find_what_flat_finds(tmp_path: Path, model: str, kind: str) -> 
     assert (tmp_path / "i" / "vectors.npy").stat().st_mtime_ns == encoded  # one encoding serves all
 
 
-@pytest.mark.parametrize("kind", ["ivfpq", "hnsw"])
+@pytest.mark.parametrize("kind", [pytest.param("ivfpq", marks=pytest.mark.slow), "hnsw"])
 def test_the_same_with_any_number_of_threads(tmp_path: Path, model: str, kind: str) -> None:
     """The index to the byte, and what is found, whether queries come alone or together."""
     corpus, threads, made = corpus_of(tmp_path, 2000), faiss.omp_get_max_threads(), []
@@ -116,7 +116,7 @@ def test_the_same_with_any_number_of_threads(tmp_path: Path, model: str, kind: s
     assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("kind", ["ivfpq", "hnsw"])
+@pytest.mark.parametrize("kind", [pytest.param("ivfpq", marks=pytest.mark.slow), "hnsw"])
 def test_memory_is_as_stated(tmp_path: Path, model: str, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """What is said before building is what the files then hold, within 5 %."""
     with caplog.at_level("INFO", logger="drorl"):
