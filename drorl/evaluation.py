@@ -19,7 +19,7 @@ from .errors import InvalidInputError
 from .metrics import KILT, MetricSettings, contains_answer, exact_match, f1, normalize_answer
 from .permutations import Permutation
 from .pipeline import Passage, RAGPipeline
-from .ranking import recalls
+from .ranking import gold_of, recalls
 from .weights import iw_elbo, log_importance_weights
 
 _STDERR = Console(stderr=True)
@@ -204,16 +204,14 @@ def _answer(pipeline: RAGPipeline, block: Sequence[Ranked], metrics: MetricSetti
 def gold_recalls(row: Mapping[str, Any], passages: Sequence[Passage]) -> list[float]:
     """Returns all_gold@k for each k: whether the first k passages hold every gold one; `[]` if the row names none.
 
-    A question of several hops needs them all, those too that are no candidates: `metadata.gold_ids` counts them.
+    A question of several hops needs them all, those too that are no candidates, see [`~ranking.gold_of`].
 
     >>> golds = [{"is_gold": True}, {"is_gold": False}, {"is_gold": True}]
     >>> gold_recalls({"candidates": golds}, golds), gold_recalls({"candidates": golds}, golds[:2])
     ([0.0, 0.0, 1.0], [0.0, 0.0])
     """
-    marked = sum(bool(passage.get("is_gold")) for passage in row["candidates"])
-    golds = max(marked, len((row.get("metadata") or {}).get("gold_ids") or []))
-    found = accumulate(bool(passage.get("is_gold")) for passage in passages)
-    return [float(count == golds) for count in found] if golds else []
+    relevant, golds = gold_of(row, passages) or ([], 0)
+    return [float(count == golds) for count in accumulate(relevant)] if golds else []
 
 
 def position_shares(pipeline: RAGPipeline, rows: Iterable[Mapping[str, Any]]) -> list[list[float]]:

@@ -56,7 +56,7 @@ def predict_file(
         found = evaluate_rows(pipeline, rows, answer_target, num_samples)
         return [_with_prediction(*pair) for pair in zip(rows, found, strict=True)]
 
-    depends = [_identity(run_dir), answer_target, num_samples]
+    depends = [_identity(run_dir), str(pipeline.model.dtype), answer_target, num_samples]
     return write_rows(reading, output, predicted, depends, quiet, SHARD_ROWS)
 
 

@@ -9,7 +9,8 @@ References:
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from .metrics import KILT, MetricSettings, contains_answer
 
@@ -31,6 +32,22 @@ def relevance(names: Sequence[str], gold: Collection[str]) -> list[bool]:
         [True, False, False, True]
     """
     return [name in gold and name not in names[:rank] for rank, name in enumerate(names)]
+
+
+def gold_of(row: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]]) -> tuple[list[bool], int] | None:
+    """Returns which of the ranked passages are gold, and how many golds there are; `None`: nobody says.
+
+    A row, or its `metadata`, names golds as `gold_ids` or `gold_titles`. Where its candidates are only marked
+    (`is_gold`), those that were not retrieved are not known of.
+    """
+    metadata = row.get("metadata") or {}
+    for names, of in (("gold_ids", "id"), ("gold_titles", "title")):
+        if named := row.get(names, metadata.get(names)):
+            gold = set(map(str, named))
+            return relevance([str(passage.get(of)) for passage in ranked], gold), len(gold)
+    if all(passage.get("is_gold") is None for passage in row["candidates"]):
+        return None
+    return [bool(passage.get("is_gold")) for passage in ranked], sum(bool(p.get("is_gold")) for p in row["candidates"])
 
 
 def recall_at(relevant: Sequence[bool], num_gold: int, k: int) -> float:

@@ -25,7 +25,7 @@ from .data.fields import Problem, list_of, objects_of, text_of
 from .data.files import records
 from .data.rows import RowError
 from .metrics import KILT, MetricSettings, Overlap, answer_overlap
-from .ranking import ndcg, recall_at, recalls, reciprocal_rank, relevance
+from .ranking import gold_of, ndcg, recall_at, recalls, reciprocal_rank
 
 DEPTHS = (1, 3, 5, 10, 20)
 NATS = ("answer_logp", "iw_elbo")
@@ -182,25 +182,13 @@ def _numbers(value: Any, name: str) -> list[int]:
 def _add_ranking(found: RowScores, row: Mapping[str, Any], answers: Sequence[str], settings: MetricSettings) -> None:
     given = row.get("candidates") is not None
     candidates = objects_of(row, "candidates") if given else []
-    at = recalls([text_of(c, "text", "") for c in candidates], answers, settings) or [0.0]
+    at = recalls([text_of(c, "text", "") for c in candidates], answers) or [0.0]
     found.add({f"recall@{k}": at[:k][-1] for k in DEPTHS}, given)
-    gold = _gold(row, candidates)
+    for names in ("gold_ids", "gold_titles"):
+        if (named := _known(row, names)) is not None:
+            list_of({names: named}, names)
+    gold = gold_of(row, candidates) if given else None
     if gold is not None:
         relevant, num_gold = gold
         found.add({f"gold_recall@{k}": recall_at(relevant, num_gold, k) for k in DEPTHS}, given)
         found.add({"mrr": reciprocal_rank(relevant), "ndcg@10": ndcg(relevant, num_gold)}, given)
-
-
-def _gold(row: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> tuple[list[bool], int] | None:
-    """Which candidates are gold, and how many golds there are; `None`: nobody says.
-
-    Where golds are known by their marks alone, those that were not retrieved are not known of.
-    """
-    for names, of in (("gold_ids", "id"), ("gold_titles", "title")):
-        if named := _known(row, names):
-            gold = {str(name) for name in list_of({names: named}, names)}
-            return relevance([str(c.get(of)) for c in candidates], gold), len(gold)
-    if not any("is_gold" in c for c in candidates):
-        return None
-    marks = [bool(c.get("is_gold")) for c in candidates]
-    return marks, sum(marks)

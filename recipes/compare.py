@@ -96,7 +96,7 @@ def queries_of(budget: str, method: str, settings: dict[str, Any], paces: dict[s
         raise InvalidInputError(f"a budget is 'N minutes' or 'N queries', not {budget!r}")
     pace = paces.get(pace_key(settings))
     if pace is None:
-        raise InvalidInputError(f"the pace of {method!r} is not known: recipes/compare.py pace measures it")
+        raise InvalidInputError(f"the pace of {method!r} is not known: recipes/compare.py pace --grid ... measures it")
     return round(60 * minutes / pace["seconds_per_query"])
 
 

@@ -1,6 +1,6 @@
 """The pace of each method, in seconds a query: what makes a budget of minutes the same queries wherever a cell runs.
 
-    python recipes/compare.py pace       # writes recipes/grids/compare.pace.json; nothing else may run meanwhile
+    python recipes/compare.py pace       # writes recipes/grids/<grid>.pace.json; nothing else may run meanwhile
 
 Stopped by the clock, a cell would depend on what else the machine does, and could not be made again. So the methods
 take turns in one process, the median over the rounds is the pace of each, and `10 minutes` of training are the

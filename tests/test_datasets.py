@@ -144,8 +144,11 @@ def test_a_table_is_made_again_when_its_file_changes(raw: Path) -> None:
 def test_data_sets_of_the_library(raw: Path) -> None:
     """A folder of save_to_disk, a folder of files, a slice of a split: read like the file that they were made of."""
     path = raw / "data" / "musique_ans_v1.0_train.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    del lines[2]["answer_aliases"]  # None in a table
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     expected = list(load_rows(str(path)))
-    records = Dataset.from_list([json.loads(line) for line in path.read_text().splitlines()])
+    records = Dataset.from_list(lines)
     records.save_to_disk("one")
     DatasetDict({"train": records, "validation": records.select(range(2))}).save_to_disk("two")
     Path("files").mkdir()

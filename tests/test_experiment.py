@@ -17,6 +17,7 @@ from drorl.evaluation import score_permutations
 from drorl.experiment import Experiment
 from drorl.pipeline import PipelineSettings, RAGPipeline
 from drorl.states import base_of
+from drorl.trainer import DROTrainer
 
 
 @pytest.mark.parametrize("backend", ["blocks", "repeated"])
@@ -70,3 +71,18 @@ def test_worked_examples_have_a_choice_to_make(
     experiment.evaluate("dro", "DRO", pipeline)
     shown = [example["answers"] for example in experiment.examples("dro", pipeline, 3)]
     assert shown == [third["answers"], ["Styx"], first["answers"]]
+
+
+def test_metrics_are_those_that_were_asked_for(
+    make_trainer: Callable[..., DROTrainer], rows: Callable[..., list[dict[str, Any]]]
+) -> None:
+    """A second gold answer counts, or does not, in the trainer's evaluation and in an experiment's, kept or not."""
+    [row] = rows(1, 6)
+    trainer = make_trainer()
+    trainer.evaluate([row])
+    asked = Dataset.from_list([{**row, "answers": ["Styx", trainer.last_records[0].prediction]}])
+    for preset, expected in (("kilt", 1.0), ("dro-official", 0.0)):
+        trainer.args.metric_preset = preset
+        assert trainer.evaluate(asked)["eval_exact_match"] == expected
+        [record] = Experiment(trainer.args, asked).evaluate("dro", "DRO", trainer.pipeline)
+        assert record.exact_match == expected

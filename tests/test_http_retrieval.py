@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -351,10 +351,13 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
     BM25.build(Corpus.build(passages(tmp_path / "p.jsonl", 200), folder), folder / "bm25")
     command = [sys.executable, "-c", "from drorl.cli import main; main()", "serve-retriever", "--corpus", str(folder)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True, env=environment) as server:
+    with ExitStack() as stack:
+        started = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True, env=environment)
+        server = stack.enter_context(started)
+        stack.callback(server.kill)  # if something is wrong below, nobody waits for it
         assert server.stderr is not None
         said = server.stderr.readline()
-        assert said.startswith("200 passages on http://127.0.0.1:")
+        assert said.startswith("bm25 on http://127.0.0.1:"), said
         url = said.split()[-1]
         retriever = HTTPRetriever(url)
         with socket.create_connection(("127.0.0.1", int(url.split(":")[-1]))) as half:

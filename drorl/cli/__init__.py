@@ -27,6 +27,10 @@ def main() -> None:
     except (UserError, OSError) as error:  # such as a full disk
         sys.exit(f"drorl: {error}")
     except ModuleNotFoundError as error:
+        if error.name in ("pylate", "fast_plaid"):
+            sys.exit(
+                "drorl: colbert has an environment of its own, make install-colbert: serve it, and ask it by http"
+            )
         if error.name not in _EXTRAS:
             raise
         sys.exit(f"drorl: {error.name} is not installed: pip install 'drorl[{_EXTRAS[error.name]}]'")

@@ -11,9 +11,9 @@ import typer
 
 from ..errors import InvalidInputError
 from ..retrieval.retrievers import Place, open_retriever
-from .app import FormatOption, OnError, OnErrorOption, QuietOption, app
+from .app import FormatOption, OnError, OnErrorOption, QuietOption, app, show_log
 from .data import Preset
-from .retrieval import BM25, RetrieverOption, SearchedOption, SetOption, given
+from .retrieval import BM25, RetrieverName, RetrieverOption, SearchedOption, SetOption, given
 
 if TYPE_CHECKING:
     from ..data.reading import Reading
@@ -88,9 +88,11 @@ def evaluate(
 def answer(
     run_dir: RunArgument,
     query: Annotated[str | None, typer.Option(help="One question.")] = None,
-    input: Annotated[Path | None, typer.Option(help="Many, in any format; with candidates, unless --corpus.")] = None,
+    input: Annotated[
+        Path | None, typer.Option(help="Many, in any format; with candidates, or to be searched.")
+    ] = None,
     corpus: SearchedOption = None,
-    retriever: RetrieverOption = BM25,
+    retriever: Annotated[RetrieverName | None, typer.Option(help="What searches; of a corpus bm25.")] = None,
     set_: SetOption = None,
     format: FormatOption = "auto",
     dtype: DtypeOption = "auto",
@@ -106,11 +108,15 @@ def answer(
 
     if (query is None) == (input is None):
         raise typer.BadParameter("give one question, --query, or a file of them, --input")
-    if query is not None and corpus is None:
-        raise typer.BadParameter("a question alone has no passages to answer from: give --corpus")
+    if searches := corpus is not None or retriever is not None:
+        show_log(False)
+    elif query is not None:
+        raise typer.BadParameter("a question alone has no passages to answer from: give --corpus or --retriever")
+    elif set_:
+        raise typer.BadParameter("--set is for a retriever: give --corpus or --retriever")
     if query is not None and not query.isprintable():
         raise typer.BadParameter(f"the question holds what is no text: {query!r}")
-    search = None if corpus is None else open_retriever(retriever.value, Place(corpus), given(set_))
+    search = open_retriever((retriever or BM25).value, Place(corpus), given(set_)) if searches else None
     pipeline, console = _load(run_dir, dtype), Console()
     if input is None:
         rows: Iterator[dict] = iter([{"id": None, "query": query, "candidates": _found(pipeline, search, str(query))}])
@@ -156,7 +162,7 @@ def _with_candidates(reading: "Reading", pipeline: "RAGPipeline", search: Any) -
 @app.command()
 def chat(
     run_dir: RunArgument,
-    corpus: Annotated[Path, typer.Option(help="Passages: a file, or a folder of drorl index.")],
+    corpus: SearchedOption = None,
     retriever: RetrieverOption = BM25,
     set_: SetOption = None,
     dtype: DtypeOption = "auto",
@@ -168,6 +174,7 @@ def chat(
 
     from ..terminal import answer_view
 
+    show_log(False)
     search = open_retriever(retriever.value, Place(corpus), given(set_))
     pipeline, console = _load(run_dir, dtype), Console()
     prompt = "question> " if sys.stdin.isatty() else ""

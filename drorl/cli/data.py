@@ -36,9 +36,11 @@ def prepare(
     keep_unanswerable: Annotated[bool, typer.Option("--keep-unanswerable", help="MuSiQue's other half.")] = False,
     split: Annotated[str, typer.Option(help="Of a BEIR folder or a data set.")] = "test",
     run: Annotated[Path | None, typer.Option(help="Candidates from a TREC run; needs --corpus.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="The passages of the run.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="A file with the passages of the run; none of them may be broken.")
+    ] = None,
     qrels: Annotated[Path | None, typer.Option(help="TREC's judgements: which candidates are gold.")] = None,
-    top_k: Annotated[int, typer.Option(help="Candidates of each question, from the run.", min=1)] = 20,
+    top_k: Annotated[int, typer.Option(help="Candidates of each question; with --run.", min=1)] = 20,
     on_error: OnErrorOption = OnError.fail,
     quiet: QuietOption = False,
 ) -> None:
@@ -51,6 +53,8 @@ def prepare(
 
     if (run is None) != (corpus is None):
         raise typer.BadParameter("a run names its passages by their ids, and the corpus holds their texts: give both")
+    if qrels is not None and run is None:
+        raise typer.BadParameter("--qrels marks the candidates of a run: give --run")
     options = ({} if aliases is None else {"aliases": read_aliases(aliases)}) | (
         {"keep_unanswerable": True} if keep_unanswerable else {}
     )

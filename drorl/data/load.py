@@ -19,13 +19,15 @@ logger = logging.getLogger(__name__)
 
 TEXT = Value("string")
 CANDIDATE = {"id": TEXT, "title": TEXT, "text": TEXT, "score": Value("float64"), "is_gold": Value("bool")}
-FEATURES = Features({"id": TEXT, "query": TEXT, "answers": [TEXT], "candidates": [CANDIDATE]})
+GOLDS = {"gold_ids": [TEXT], "gold_titles": [TEXT]}
+ROW = {"id": TEXT, "query": TEXT, "answers": [TEXT], "candidates": [CANDIDATE], "metadata": GOLDS}
+FEATURES = Features(ROW)
 
 
 def load_rows(source: str, split: str = "train") -> Dataset:
     """Returns the rows of a file in any format of `ROWS`, a folder of `datasets`, or a data set of the hub.
 
-    They are what `drorl prepare` writes, but for `metadata`, which no model reads. The table is made once, in the
+    They are what `drorl prepare` writes, but of `metadata` only the names of gold passages. The table is made once, in the
     cache of `datasets`, and again when the source has changed; it is memory-mapped.
 
     Args:
@@ -43,7 +45,7 @@ def load_rows(source: str, split: str = "train") -> Dataset:
     if not first["candidates"]:
         raise InvalidInputError(f"the first question of {source} has no candidates: drorl retrieve finds them")
     reading.skipped.clear()
-    key = hashlib.sha256(json.dumps([reading.depends, VERSION]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([reading.depends, VERSION, str(FEATURES)]).encode()).hexdigest()
     try:
         return Dataset.from_generator(_rows, features=FEATURES, gen_kwargs={"reading": reading}, fingerprint=key[:16])
     except DatasetGenerationError as error:
@@ -53,6 +55,7 @@ def load_rows(source: str, split: str = "train") -> Dataset:
 def _rows(reading: Reading) -> Iterator[dict[str, Any]]:
     for row in reading:
         known = [{name: candidate.get(name) for name in CANDIDATE} for candidate in row["candidates"]]
-        yield {name: row[name] for name in ("id", "query", "answers")} | {"candidates": known}
+        golds = {name: list(map(str, row["metadata"].get(name) or [])) for name in GOLDS}
+        yield {name: row[name] for name in ("id", "query", "answers")} | {"candidates": known, "metadata": golds}
     if reading.skipped:
         logger.warning("%s: left out %s", reading.path, dict(reading.skipped))

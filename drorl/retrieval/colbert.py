@@ -24,6 +24,7 @@ import torch
 from fast_plaid.search import FastPlaid
 from pylate.models import ColBERT as Encoder
 
+from drorl.data.shards import only_one
 from drorl.errors import InvalidInputError
 
 from .corpus import Corpus
@@ -57,7 +58,9 @@ class ColBERT:
         self.corpus = corpus
         facts = _facts(corpus, model)
         if read_facts(folder / _FACTS) != facts:
-            raise InvalidInputError(f"{folder} holds no ColBERT index of this corpus by {model}: make one first")
+            raise InvalidInputError(
+                f"{folder} holds no ColBERT index of this corpus by {model}: make one by drorl index"
+            )
         self.key = f"colbert {json.dumps(facts, sort_keys=True)}"
         self._encoder = _encoder(model, device)
         self._index = FastPlaid(str(folder / "plaid"), device=device)
@@ -70,22 +73,24 @@ class ColBERT:
         28 GB of 21 million), and the index, 70 bytes a token.
         """
         facts = _facts(corpus, model)
-        if read_facts(folder / _FACTS) != facts:
-            (folder / _FACTS).unlink(missing_ok=True)
-            parts = folder / "shards"
-            if read_facts(parts / _FACTS) != facts:
-                shutil.rmtree(parts, ignore_errors=True)
-                parts.mkdir(parents=True)
-                write_facts(parts / _FACTS, facts)
-            _encode(corpus, parts, _encoder(model, device))
-            shutil.rmtree(folder / "plaid", ignore_errors=True)
-            # Below `start_from_scratch` passages it would keep the vectors in a pickle, for an update.
-            index = FastPlaid(str(folder / "plaid"), device=device)
-            with torch.random.fork_rng():
-                torch.manual_seed(0)  # passages for k-means are drawn without the seed that `create` takes
-                index.create(_vectors(parts), nbits=_BITS, use_triton_kmeans=False, start_from_scratch=0)
-            write_facts(folder / _FACTS, facts)
-            shutil.rmtree(parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_one(folder):
+            if read_facts(folder / _FACTS) != facts:
+                (folder / _FACTS).unlink(missing_ok=True)
+                parts = folder / "shards"
+                if read_facts(parts / _FACTS) != facts:
+                    shutil.rmtree(parts, ignore_errors=True)
+                    parts.mkdir(parents=True)
+                    write_facts(parts / _FACTS, facts)
+                _encode(corpus, parts, _encoder(model, device))
+                shutil.rmtree(folder / "plaid", ignore_errors=True)
+                # Below `start_from_scratch` passages it would keep the vectors in a pickle, for an update.
+                index = FastPlaid(str(folder / "plaid"), device=device)
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)  # passages for k-means are drawn without the seed that `create` takes
+                    index.create(_vectors(parts), nbits=_BITS, use_triton_kmeans=False, start_from_scratch=0)
+                write_facts(folder / _FACTS, facts)
+                shutil.rmtree(parts)
         return cls(corpus, folder, model, device)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[dict[str, Any]]]:

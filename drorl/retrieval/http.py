@@ -257,5 +257,7 @@ class HTTPSettings:
 
 def open_http(place: Place, given: Mapping[str, str]) -> HTTPRetriever:
     """Opens a server, which has its own corpus; see [`~drorl.retrieval.retrievers.open_retriever`]."""
+    if place.folder is not None:
+        raise InvalidInputError("http asks a server that has its own index: there is nothing to make here")
     settings = settings_of(HTTPSettings, given)
     return HTTPRetriever(settings.url, settings.timeout, settings.batch_size, settings.tries)

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from pymilvus import DataType, MilvusClient, MilvusException
 
+from drorl.data.shards import only_one
 from drorl.errors import InvalidInputError, UserError
 
 from .corpus import Corpus
@@ -65,7 +66,9 @@ class Milvus:
             raise MilvusError(f"{url}: {_reason(error)}") from error
         if there != len(corpus):
             self._client.close()
-            raise InvalidInputError(f"{url} has {there:,} of {len(corpus):,} vectors of this corpus: build it first")
+            raise InvalidInputError(
+                f"{url} has {there:,} of {len(corpus):,} vectors of this corpus: load them by drorl index"
+            )
 
     @classmethod
     def build(
@@ -84,14 +87,15 @@ class Milvus:
         """
         name = _collection({"corpus": corpus.key, "encoder": encoder, "version": VERSION})
         client = _connected(url, token)
-        try:
-            done = _count(client, name)
-            if done < len(corpus):
-                _load(client, name, corpus, done // BLOCK * BLOCK, encode_passages)
-        except MilvusException as error:
-            raise MilvusError(f"{url}: {_reason(error)}") from error
-        finally:
-            client.close()
+        with only_one(corpus.folder / name):
+            try:
+                done = _count(client, name)
+                if done < len(corpus):
+                    _load(client, name, corpus, done // BLOCK * BLOCK, encode_passages)
+            except MilvusException as error:
+                raise MilvusError(f"{url}: {_reason(error)}") from error
+            finally:
+                client.close()
         return cls(corpus, url, encode, encoder, token)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[dict[str, Any]]]:

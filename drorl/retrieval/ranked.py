@@ -12,7 +12,7 @@ from drorl.errors import InvalidInputError
 
 
 class Ranked:
-    """Puts the candidates of a run, or the gold passages of judgements, into rows.
+    """Puts the candidates of a run into rows.
 
     Args:
         run (`dict`): see [`read_run`].

@@ -5,7 +5,7 @@ Nothing here imports a retriever before it is asked for: each has libraries of i
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -113,9 +113,11 @@ def settings_of(kind: type[Settings], given: Mapping[str, str], made: Mapping[st
     types = {field.name: field.type for field in fields(kind)}  # ty: ignore[invalid-argument-type]
     if unknown := sorted(given.keys() - types.keys()):
         raise InvalidInputError(f"no setting {unknown[0]!r}; there are {', '.join(types)}")
-    return kind(
-        **((made or {}).get("settings", {}) | {name: _value(name, given[name], types[name]) for name in given})
-    )
+    values = (made or {}).get("settings", {}) | {name: _value(name, given[name], types[name]) for name in given}
+    needed = [field.name for field in fields(kind) if field.default is MISSING]  # ty: ignore[invalid-argument-type]
+    if missing := [name for name in needed if name not in values]:
+        raise InvalidInputError(f"this retriever needs --set {missing[0]}=...")
+    return kind(**values)
 
 
 def _value(name: str, text: str, kind: Any) -> Any:

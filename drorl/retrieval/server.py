@@ -24,7 +24,7 @@ from drorl.data import files
 from drorl.data.rows import RowError
 from drorl.errors import UserError
 
-from .run import Retriever
+from .retrievers import Retriever
 
 DEFAULT_TOP_K = 3
 """Of a request that does not say; as Search-R1's server has it."""
