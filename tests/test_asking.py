@@ -313,8 +313,25 @@ def test_mistakes_are_one_line(
     assert "no floating-point type" in message_of(monkeypatch, "answer", run_dir, "--input", good, "--dtype", "x")
 
 
-@pytest.mark.parametrize("more", [[], ["--query", "x", "--input", "y"], ["--query", "x"], ["--query", "\udcf6"]])
+def test_a_server_is_asked_without_a_corpus(
+    run_dir: Path, rows: Callable[..., Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a retriever that has its own passages the candidates of a file are not taken; it needs its address."""
+    source = written(tmp_path / "rows.jsonl", rows(2, 6))
+    for question in (["--query", "x"], ["--input", source]):
+        arguments = ["answer", run_dir, *question, "--retriever", "http"]
+        assert "this retriever needs --set url=" in message_of(monkeypatch, *arguments)
+        said = message_of(monkeypatch, *arguments, "--set", "url=http://127.0.0.1:9", "--set", "tries=1")
+        assert "http://127.0.0.1:9 has failed 1 times" in said
+    index = ["index", "--corpus", source, "--output", tmp_path / "o", "--retriever", "http"]
+    assert "there is nothing to make here" in message_of(monkeypatch, *index, "--set", "url=http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--query", "x", "--input", "y"], ["--query", "x"], ["--query", "\udcf6"], ["--input", "y", "--set", "k1=1"]],
+)
 def test_options_that_do_not_fit_are_usage(run_dir: Path, corpus: Path, more: list[str]) -> None:
-    """No question or two, one without a corpus, one that is no text: exit code 2."""
+    """No question or two, one without a corpus, one that is no text, settings of no retriever: exit code 2."""
     extra = ["--corpus", str(corpus)] if "\udcf6" in more else []
     assert run(app, ["answer", str(run_dir), *more, *extra]).exit_code == 2

@@ -200,6 +200,11 @@ def test_all_gold_asks_for_every_gold_passage() -> None:
     assert gold_recalls(row, golds[:3]) == [0.0, 0.0, 0.0]  # N = 3 leaves one of them out
     assert gold_recalls({**row, "metadata": {"gold_ids": ["1", "3", "9"]}}, golds) == [0.0] * 5
     assert gold_recalls({"candidates": [{"id": "1"}]}, [{"id": "1"}]) == []
+    # Golds by title: several passages of an article are one gold, and a title that was not retrieved is missed.
+    titled = [{"id": str(i), "title": title, "is_gold": title == "A"} for i, title in enumerate("AAB")]
+    of_titles = {"candidates": titled, "metadata": {"gold_ids": [], "gold_titles": ["A"]}}
+    assert gold_recalls(of_titles, titled[::-1]) == [0.0, 1.0, 1.0]
+    assert gold_recalls({**of_titles, "metadata": {"gold_titles": ["A", "C"]}}, titled) == [0.0] * 3
     record = Record("q", "", 0.0, 0.0, [0.0], 0.0, 0.0, [])
     values = per_question([record, replace(record, all_gold=[0.0, 1.0])], "all_gold@2")
     assert math.isnan(values[0]) and values[1] == 1.0

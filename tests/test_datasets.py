@@ -129,6 +129,9 @@ def test_raw_files_are_read_like_prepared_ones(raw: Path, file: str) -> None:
             (row["id"], row["query"], row["answers"]) for row in prepared
         ]
         assert [[{name: c[name] for name in names} for c in row["candidates"]] for row in rows] == expected
+        for row, of in zip(rows, prepared, strict=True):
+            for golds in ("gold_ids", "gold_titles"):
+                assert row["metadata"][golds] == [str(name) for name in of["metadata"].get(golds, [])]
     assert sum(c["is_gold"] for c in rows[1]["candidates"]) >= 1
 
 

@@ -27,8 +27,8 @@ FEATURES = Features(ROW)
 def load_rows(source: str, split: str = "train") -> Dataset:
     """Returns the rows of a file in any format of `ROWS`, a folder of `datasets`, or a data set of the hub.
 
-    They are what `drorl prepare` writes, but of `metadata` only the names of gold passages. The table is made once, in the
-    cache of `datasets`, and again when the source has changed; it is memory-mapped.
+    They are what `drorl prepare` writes, but of `metadata` only the names of gold passages. The table is made once, in
+    the cache of `datasets`, and again when the source has changed; it is memory-mapped.
 
     Args:
         source (`str`): see [`hub`] for what is no file.
