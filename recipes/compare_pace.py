@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from drorl.experiment import commit, machine
 
-ROUNDS, TIMED_QUERIES, TIMED_STEPS = 3, 8, 2
+ROUNDS, TIMED_QUERIES, TIMED_STEPS = 3, 16, 3
 
 
 class StepClock(TrainerCallback):

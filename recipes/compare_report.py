@@ -25,11 +25,15 @@ The settings of every method are in the grid file that is named, on top of its b
 importance weights of its samples. A policy gradient (GRPO, RLOO, PPO, REINFORCE) maximises the expected log-likelihood
 of the answer, in both models: its generator learns from all samples alike. Where a name says "dro generator" only the
 selector's estimator differs. Not shown: other models, and so no second size of the selector (PyPI packages that we
-know of hold no other), other data, K > 1, any GPU, and settings that were not tried.
+know of hold no other), the data sets of the paper, any GPU, and settings that were not tried.
+
+A budget of minutes is the queries that a method gets through in them at a pace that is measured once, by turns, on a
+machine that does nothing else (`compare.py pace`); the tuning cells of commits 5f40c694 and 7570c518 were stopped by
+the clock instead.
 
 VitalQA is a filtered mixture of public development and test questions with the texts of a PyPI package: its scores
-are no scores of NQ, TriviaQA or WebQuestions. K = 1 of N = 8 passages, BM25 candidates, KILT's normaliser, greedy
-decoding, SmolLM2-135M, LoRA. What the paper reports stands beside it where there is a counterpart, on another scale:
+are no scores of NQ, TriviaQA or WebQuestions. Where a grid says nothing else: VitalQA, K = 1 of N = 8, BM25
+candidates, KILT's normaliser, greedy decoding, SmolLM2-135M, LoRA. What the paper reports stands beside it where there is a counterpart, on another scale:
 Llama-3-8B or Mistral-7B, ColBERTv2, K = 5 of N = 20, 8 A100 GPUs for 20 hours.
 """
 
