@@ -33,8 +33,8 @@ the clock instead.
 
 VitalQA is a filtered mixture of public development and test questions with the texts of a PyPI package: its scores
 are no scores of NQ, TriviaQA or WebQuestions. Where a grid says nothing else: VitalQA, K = 1 of N = 8, BM25
-candidates, KILT's normaliser, greedy decoding, SmolLM2-135M, LoRA. What the paper reports stands beside it where there is a counterpart, on another scale:
-Llama-3-8B or Mistral-7B, ColBERTv2, K = 5 of N = 20, 8 A100 GPUs for 20 hours.
+candidates, KILT's normaliser, greedy decoding, SmolLM2-135M, LoRA. What the paper reports stands beside it where there
+is a counterpart, on another scale: Llama-3-8B or Mistral-7B, ColBERTv2, K = 5 of N = 20, 8 A100 GPUs for 20 hours.
 """
 
 

@@ -1,9 +1,9 @@
 r"""Two-hop questions: does it help to choose the second passage in the light of the first?
 
-    python recipes/multihop.py                         # 40 minutes on 2 CPU cores; stop and start at any time
-    python recipes/multihop.py --seeds 1 2 3 --budgets "20 minutes"
+    python recipes/multihop.py                         # on 2 CPU cores; stop and start at any time
+    python recipes/multihop.py --seeds 1 2 3 --budgets "400 queries"
 
-On the embedded data set VitalHop, K = 2 of N = 9 passages: three selectors from the same warm-up in the same minutes
+On the embedded data set VitalHop, K = 2 of N = 9 passages: three selectors from the same warm-up on the same queries
 (recipes/grids/multihop.yaml), asked the same held-out questions, about countries that training has not seen. The
 second choice of *list-wise* DRO has read the first one; with *one by one* they do not know of each other; *pointwise
 weights* learn from what the generator makes of each passage alone. `gold passages` is what a selector without a fault
