@@ -167,6 +167,16 @@ def run(cells: Iterator[Asked], path: Path, work: Path, force: bool) -> int:
     return 1 if failed else 0
 
 
+def grid_options(parser: argparse.ArgumentParser, work: Path) -> None:
+    """Adds what every recipe that runs a grid can be asked."""
+    parser.add_argument("--results", type=Path, default=HERE.parent / "results", help="folder; default: results/")
+    parser.add_argument("--work", type=Path, default=work, help="warm-ups are kept here")
+    parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--budgets", nargs="+")
+    parser.add_argument("--force", action="store_true", help="make cells again whose settings have changed")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -174,14 +184,7 @@ def main() -> int:
     )
     parser.add_argument("cell", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--grid", type=Path, default=HERE / "grids" / "compare.yaml")
-    parser.add_argument("--results", type=Path, default=HERE.parent / "results", help="folder; default: results/")
-    parser.add_argument(
-        "--work", type=Path, default=HERE.parent / "outputs" / "compare", help="warm-ups are kept here"
-    )
-    parser.add_argument("--methods", nargs="+")
-    parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--budgets", nargs="+")
-    parser.add_argument("--force", action="store_true", help="make cells again whose settings have changed")
+    grid_options(parser, HERE.parent / "outputs" / "compare")
     args = parser.parse_args()
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("drorl").setLevel(logging.INFO)

@@ -15,9 +15,8 @@ The grid, the cells and their options are those of recipes/compare.py; the metho
 import argparse
 import logging
 import sys
-from pathlib import Path
 
-from compare import HERE, Grid, cells_of, run
+from compare import HERE, Grid, cells_of, grid_options, run
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -52,12 +51,7 @@ def tables(results: Results, budget: str, reference: str) -> list[Table]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE.parent / "results", help="folder; default: results/")
-    parser.add_argument("--work", type=Path, default=HERE.parent / "outputs" / "multihop", help="for warm-ups")
-    parser.add_argument("--methods", nargs="+")
-    parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--budgets", nargs="+")
-    parser.add_argument("--force", action="store_true", help="make cells again whose settings have changed")
+    grid_options(parser, HERE.parent / "outputs" / "multihop")
     args = parser.parse_args()
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("drorl").setLevel(logging.INFO)

@@ -1,9 +1,11 @@
-"""Tests that run as several processes: one test starts another, the worker, under `torchrun`."""
+"""Tests of several processes: workers that a test starts under `torchrun`, and programs that are killed."""
 
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -25,3 +27,12 @@ def launch(test: str, processes: int, marker: str, /, **given: Any) -> None:
     environment = os.environ | {_TASK: json.dumps(given), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-3000:]
+
+
+def kill_once(reached: Callable[[], bool], command: Sequence[Any], seconds: float) -> None:
+    """Runs a program until it has got so far, or the time is over, and kills it (-9)."""
+    process, deadline = subprocess.Popen(list(map(str, command))), time.monotonic() + seconds
+    while not reached() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()

@@ -41,6 +41,9 @@ def test_an_extra_that_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "drorl.retrieval.bm25", raising=False)
     said = message_of(monkeypatch, "index", "--corpus", str(tmp_path), "--output", str(tmp_path / "o"))
     assert said == "drorl: bm25s is not installed: pip install 'drorl[retrieval]'"
+    corpus = ["--corpus", str(tmp_path), "--retriever", "colbert", "--set", "model=x"]
+    said = message_of(monkeypatch, "retrieve", *corpus, "--queries", "q", "--output", str(tmp_path / "o"))
+    assert said.startswith("drorl: colbert has an environment of its own, make install-colbert")
 
 
 def test_reading_files_loads_no_framework():

@@ -1,18 +1,16 @@
 """Dense retrieval: exact against brute force, near to it where it is not, the same always, and resumed."""
 
 import json
-import os
 import random
 import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
+from processes import kill_once
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -211,12 +209,12 @@ Dense.build(corpus.Corpus(folder / "c1000"), folder / "i", DenseSettings(sys.arg
 def test_killed_while_encoding(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 in the middle: the second run keeps the finished shards, and all files are the same to the byte."""
     corpus = corpus_of(tmp_path, 1000)
-    process = subprocess.Popen([sys.executable, "-c", BUILD, str(tmp_path), model, "0.1"])
-    facts, deadline = tmp_path / "i" / "vectors.json", time.monotonic() + 120
-    while not (facts.exists() and json.loads(facts.read_text())["done"] >= 200) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    facts = tmp_path / "i" / "vectors.json"
+
+    def reached() -> bool:
+        return facts.exists() and json.loads(facts.read_text())["done"] >= 200
+
+    kill_once(reached, [sys.executable, "-c", BUILD, tmp_path, model, "0.1"], 120)
     done = json.loads(facts.read_text())["done"]
     assert 200 <= done < 1000
     with pytest.raises(InvalidInputError, match="no whole vectors"):

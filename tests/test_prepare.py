@@ -2,15 +2,13 @@
 
 import gzip
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import zstandard
+from processes import kill_once
 from typer.testing import CliRunner
 
 from drorl.cli import app
@@ -94,13 +92,8 @@ def test_killed_and_begun_again_it_ends_with_the_same_bytes(tmp_path: Path, monk
     monkeypatch.setattr(prepare, "SHARD_ROWS", 50)
     source = questions(tmp_path / "q.jsonl", 1000)
     whole = prepare_rows(source, tmp_path / "whole.gz")
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(tmp_path / "out.gz")])
     folder = tmp_path / ".out.gz.shards"
-    deadline = time.monotonic() + 60
-    while not (folder / "000003.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_once((folder / "000003.json").exists, [sys.executable, "-c", KILLED, source, tmp_path / "out.gz"], 60)
     assert not (tmp_path / "out.gz").exists()
     finished = [(p.name, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.json"))]
     assert 4 <= len(finished) < 18
@@ -170,6 +163,9 @@ def test_beir_and_trec(tmp_path: Path) -> None:
     wanted = {"id": "d2", "title": "T2", "text": "Text 2.", "score": 7.5, "rank": 1, "is_gold": True}
     assert rows[0]["candidates"][0] == wanted
     assert rows[0]["candidates"][1]["is_gold"] is False
+
+    alone = ["prepare", "--input", str(tmp_path / "topics.tsv"), "--qrels", str(tmp_path / "qrels")]
+    assert run(app, [*alone, "--output", str(tmp_path / "x")]).exit_code == 2  # they mark a run's candidates
 
     (tmp_path / "run.trec").write_text("q1 Q0 d9 1 2.5 x\n")
     refused = run(app, ["prepare", "--output", str(tmp_path / "x"), *files])

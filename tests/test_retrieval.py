@@ -5,7 +5,6 @@ import math
 import os
 import random
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import kill_once
 from typer.testing import CliRunner
 
 from drorl.cli import app
@@ -225,13 +225,8 @@ def test_killed_while_indexing(tmp_path: Path) -> None:
     passages(tmp_path / "p.jsonl", 1000)
     command = [sys.executable, "-c", BUILD, str(tmp_path)]
     subprocess.run([*command, "0", "whole"], check=True)
-    process = subprocess.Popen([*command, "0.002", "killed"])
     parts = tmp_path / "killed" / "i" / "shards"
-    deadline = time.monotonic() + 60
-    while not (parts / "000004.npz").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_once((parts / "000004.npz").exists, [*command, "0.002", "killed"], 60)
     finished = {p.name: p.stat().st_mtime_ns for p in parts.glob("*.npz")}
     assert 5 <= len(finished) < 20
     subprocess.run([*command, "0", "killed"], check=True)
@@ -294,12 +289,8 @@ def test_killed_while_retrieving(tmp_path: Path) -> None:
     lines = (json.dumps({"question": f"river {WORDS[i % 16]} {i}?", "golden_answers": ["x"]}) for i in range(200))
     (tmp_path / "q.jsonl").write_text("".join(f"{line}\n" for line in lines))
     command = [sys.executable, "-c", ASK, str(tmp_path)]
-    process = subprocess.Popen([*command, "0.1", "killed.jsonl"])
-    parts, deadline = tmp_path / ".killed.jsonl.shards", time.monotonic() + 60
-    while not (parts / "000003.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    parts = tmp_path / ".killed.jsonl.shards"
+    kill_once((parts / "000003.json").exists, [*command, "0.1", "killed.jsonl"], 60)
     finished = len(list(parts.glob("*.json")))
     assert 4 <= finished < 40
     again = subprocess.run([*command, "0", "killed.jsonl"], check=True, stdout=subprocess.PIPE, text=True)

@@ -243,6 +243,8 @@ def test_candidates_are_measured(tmp_path: Path) -> None:
     row = {"prediction": "Rome", "answers": ["Rome"], "candidates": candidates}
     found = scores(tmp_path, [row]).more
     assert found == {"recall@1": 0, "recall@3": 0, "recall@5": 1, "recall@10": 1, "recall@20": 1}
+    others = {**row, "answers": ["Paris", "Rome"]}  # recall is KILT's, as in an evaluation, whatever the preset
+    assert scores(tmp_path, [others], "dro-official").more == found
     found = scores(tmp_path, [{**row, "metadata": {"gold_titles": ["Rome", "Acme", "Lost"]}}]).more
     assert [found[f"gold_recall@{k}"] for k in (1, 3, 5)] == pytest.approx([0, 1 / 3, 2 / 3])
     assert found["mrr"] == 0.5

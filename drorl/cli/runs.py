@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
 from .app import app
 
 
@@ -20,7 +21,9 @@ def train(context: typer.Context) -> None:
     package = Path(__file__).parents[1]
     # In an installed drorl the recipe is inside it, in a checkout beside it.
     places = [package / "recipes" / "nq.py", package.parent / "recipes" / "nq.py"]
-    [recipe, *_] = [str(path) for path in places if path.is_file()]
+    recipe = next((str(path) for path in places if path.is_file()), None)
+    if recipe is None:
+        raise UserError(f"the recipe is not at {places[0]}: this drorl was not installed from its wheel or a checkout")
     sys.argv = [recipe, *context.args]
     runpy.run_path(recipe, run_name="__main__")
 
