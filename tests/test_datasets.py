@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
@@ -29,7 +30,8 @@ OWN = {"output_dir", "train_file", "validation_file", "test_file", "metric_prese
 
 @pytest.fixture
 def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files of all data sets, which is the current one."""
+    """A folder with the files of all data sets, which is the current one; no table of an earlier run is found."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "tables")
     write_raw(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
