@@ -16,6 +16,7 @@ the warm-up is the same for all. A cell that diverges is kept as one that did.
 """
 
 import argparse
+import asyncio
 import json
 import logging
 import signal
@@ -130,36 +131,55 @@ def paced_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
             yield Asked(method, grid.settings(method, extra), grid.seeds[0], "", 0, "", {})
 
 
-def run(cells: Iterator[Asked], path: Path, work: Path, force: bool) -> int:
-    """Runs the cells that are not done, each in a process of its own; one grid at a time in a folder."""
+async def run_all(todo: list[Asked], results: Results, work: Path, workers: int) -> list[str]:
+    """Runs cells, each in a process of its own, and keeps each as soon as it is done; returns those that failed."""
+    failed: list[str] = []
+    free = asyncio.Semaphore(workers)
+
+    async def run_one(number: int, asked: Asked) -> None:
+        title = f"{asked.method}, seed {asked.seed}, {asked.budget}"
+        command = [sys.executable, __file__, "cell", json.dumps(asdict(asked)), "--work", str(work)]
+        async with free:
+            logger.info("cell %d of %d: %s", number, len(todo), title)
+            process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, cwd=HERE.parent)
+            try:
+                output, _ = await process.communicate()
+            finally:
+                if process.returncode is None:  # the grid is being stopped
+                    process.kill()
+        if process.returncode:
+            failed.append(title)
+            logger.error("%s failed with exit code %d", title, process.returncode)
+            return
+        contents = json.loads(output.splitlines()[-1])
+        results.add(*(Cell(**content) for content in contents))
+        for content in contents:
+            shown = {k: round(v, 3) for k, v in content["metrics"].items() if v is not None}
+            logger.info("%s: %s%s", content["method"], shown, " (diverged)" * content["diverged"])
+
+    async with asyncio.TaskGroup() as group:
+        for number, asked in enumerate(todo, start=1):
+            group.create_task(run_one(number, asked))
+    return failed
+
+
+def run(cells: Iterator[Asked], path: Path, args: argparse.Namespace) -> int:
+    """Runs the cells that are not done; one grid at a time in a folder."""
     failed: list[str] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the cell's process too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the cells' processes too
     try:
         with FileLock(path.parent / ".lock", timeout=0):
             results, todo = Results(path), []
             for asked in cells:  # all are looked at before the first one is run
                 done = [
-                    results.done(name, asked.seed, asked.budget, asked.kept(ranking), force)
+                    results.done(name, asked.seed, asked.budget, asked.kept(ranking), args.force)
                     for name, ranking in asked.rankings.items()
                 ]
                 if not all(done):
                     todo.append(asked)
             logger.info("%d cells to run, %d done", len(todo), len(results.cells))
-            for number, asked in enumerate(todo, start=1):
-                title = f"{asked.method}, seed {asked.seed}, {asked.budget}"
-                logger.info("cell %d of %d: %s", number, len(todo), title)
-                command = [sys.executable, __file__, "cell", json.dumps(asdict(asked)), "--work", str(work)]
-                process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
-                if process.returncode:
-                    failed.append(title)
-                    logger.error("%s failed with exit code %d", title, process.returncode)
-                    continue
-                contents = json.loads(process.stdout.splitlines()[-1])
-                results.add(*(Cell(**content) for content in contents))
-                for content in contents:
-                    shown = {k: round(v, 3) for k, v in content["metrics"].items() if v is not None}
-                    logger.info("%s: %s%s", content["method"], shown, " (diverged)" * content["diverged"])
+            failed = asyncio.run(run_all(todo, results, args.work, args.workers))
     except Timeout as error:
         raise InvalidInputError(f"another grid is being run in {path.parent}") from error
     if failed:
@@ -174,6 +194,7 @@ def grid_options(parser: argparse.ArgumentParser, work: Path) -> None:
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--budgets", nargs="+")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time, on an accelerator with room for them")
     parser.add_argument("--force", action="store_true", help="make cells again whose settings have changed")
 
 
@@ -206,7 +227,7 @@ def main() -> int:
             return 0
         cells = tuning_cells(grid, args) if args.action == "tune" else cells_of(grid, args)
         name = f"{grid.path.stem}{'-tuning' * (args.action == 'tune')}.json"
-        return run(cells, args.results / name, args.work, args.force)
+        return run(cells, args.results / name, args)
     except UserError as error:
         logger.error("%s", error)
         return 2

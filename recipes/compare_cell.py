@@ -15,6 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from drorl.comparison import Cell
 from drorl.errors import DivergedError, InvalidInputError
 
@@ -142,11 +144,15 @@ def warmed_up(
         return DROTrainer(model, config, train, None, tokenizer, *generator, callbacks=[shown])
 
     folder = warmup_folder(asked, script, config, str(model.dtype), work)
-    if script.warmup_queries and not (folder / "drorl.json").exists():
-        first = trainer_for("warm-up", warmup_config(config, *script.warmup))
-        first.add_callback(TimeBudgetCallback(math.inf))  # anneals the rate over the steps
-        first.train()
-        first.save_model(str(folder))
+    if script.warmup_queries and not folder.exists():
+        # Cells that run side by side wait for the first of them.
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                first = trainer_for("warm-up", warmup_config(config, *script.warmup))
+                first.add_callback(TimeBudgetCallback(math.inf))  # anneals the rate over the steps
+                first.train()
+                first.save_model(str(aside := folder.with_suffix(".tmp")))
+                aside.replace(folder)
         # Once more from the start: a method that comes first is no warmer, and draws what it would have drawn.
         os.execv(sys.executable, [sys.executable, *sys.argv])
     trainer = trainer_for(asked.method, config)

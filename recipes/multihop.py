@@ -57,7 +57,7 @@ def main() -> int:
     logging.getLogger("drorl").setLevel(logging.INFO)
     grid, path = Grid(HERE / "grids" / "multihop.yaml"), args.results / "multihop.json"
     try:
-        code = run(cells_of(grid, args), path, args.work, args.force)
+        code = run(cells_of(grid, args), path, args)
         results = Results(path)
     except UserError as error:
         logging.getLogger("drorl.recipe").error("%s", error)
