@@ -24,7 +24,10 @@ from .weights import iw_elbo, log_importance_weights
 
 _STDERR = Console(stderr=True)
 T = TypeVar("T")
-_PROMPTS_A_PASS = 4  # of the selector: products large enough for a small model, and little memory
+# How many questions are answered together, and of these how many are asked of the selector: products that are large
+# enough for a small model, and little memory. A GPU waits for the next kernel, whatever is in it.
+_ANSWERS_A_PASS = {"cpu": 16, "cuda": 64}
+_PROMPTS_A_PASS = {"cpu": 4, "cuda": 16}
 Ranked = tuple[Mapping[str, Any], list[int], float, float]  # row, order of candidates, answer_logp, iw_elbo
 
 
@@ -91,7 +94,6 @@ def evaluate_rows(
     answer_target: str = "surface",
     num_samples: int = 8,
     ranking: str | None = None,
-    batch_size: int = 16,
     description: str | None = None,
     metrics: MetricSettings = KILT,
 ) -> list[Record]:
@@ -104,7 +106,6 @@ def evaluate_rows(
         num_samples (`int`): permutations of `iw_elbo`. With K = 1 all N of them are enumerated instead, and the bound
             is the log marginal likelihood.
         ranking (`str`, *optional*): see [`ranked`]: no selector, and no bound. Default: the selector.
-        batch_size (`int`): answers generated together.
         description (`str`, *optional*): shows a progress bar with this text.
         metrics ([`MetricSettings`]): of exact match and F1; recall is always KILT's.
 
@@ -116,16 +117,22 @@ def evaluate_rows(
     progress = iter(shard if description is None else track(shard, description, transient=True, console=_STDERR))
     records: list[Record] = []
     with pipeline.evaluating():
-        while block := list(islice(progress, batch_size)):
-            chosen = [_select(pipeline, part, answer_target, num_samples, ranking) for part in _parts(block)]
+        while block := list(islice(progress, _fitting(_ANSWERS_A_PASS, pipeline))):
+            parts = _parts(block, pipeline)
+            chosen = [_select(pipeline, part, answer_target, num_samples, ranking) for part in parts]
             records += _answer(pipeline, [*chain.from_iterable(chosen)], metrics)
     gathered = gather_object([records])
     return [gathered[i % state.num_processes][i // state.num_processes] for i in range(len(rows))]
 
 
-def _parts(items: Sequence[T]) -> list[Sequence[T]]:
-    """Cuts what is to be asked into what one pass takes."""
-    return [items[start : start + _PROMPTS_A_PASS] for start in range(0, len(items), _PROMPTS_A_PASS)]
+def _fitting(sizes: Mapping[str, int], pipeline: RAGPipeline) -> int:
+    return sizes["cpu" if pipeline.model.device.type == "cpu" else "cuda"]
+
+
+def _parts(items: Sequence[T], pipeline: RAGPipeline) -> list[Sequence[T]]:
+    """Cuts what the selector is to be asked into what one pass takes."""
+    size = _fitting(_PROMPTS_A_PASS, pipeline)
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def score_permutations(
@@ -227,7 +234,7 @@ def position_shares(pipeline: RAGPipeline, rows: Iterable[Mapping[str, Any]]) ->
         with pipeline.evaluating():
             first = [
                 of_order[0].exp()
-                for part in _parts(orders)
+                for part in _parts(orders, pipeline)
                 for of_order in pipeline.decisions([row["query"]] * len(part), part).logps([[()]] * len(part))
             ]
         shares.append(torch.stack(first).mean(dim=0).tolist())

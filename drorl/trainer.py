@@ -275,7 +275,7 @@ class DROTrainer(TwoRoleTrainer):
         if train_generator:
             output = self._generator_loss(rollouts, generator_logps, weighting)
             metrics |= {"generator/loss": output.loss, **output.metrics}
-            loss = scale * share * output.loss + self._touch(GENERATOR)
+            loss = self._with_graph(scale * share * output.loss, GENERATOR)
             if train_selector and torch.is_grad_enabled():
                 self.accelerator.backward(loss)
                 loss = loss.detach()

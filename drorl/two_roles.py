@@ -72,9 +72,11 @@ class TwoRoleTrainer(AtomicCheckpoints):
         critic = self.pipeline.critic
         return self._trained_parameters() | ({} if critic is None else {"critic": list(critic.parameters())})
 
-    def _touch(self, role: str) -> torch.Tensor:
-        """A zero that depends on the role's adapter: a loss keeps its graph though no sample is valid."""
-        return torch.stack([0.0 * p.sum() for p in self._trained_parameters()[role]]).sum()
+    def _with_graph(self, loss: torch.Tensor, role: str) -> torch.Tensor:
+        """Returns a role's loss, with a graph to train on though none of its samples is valid."""
+        if loss.requires_grad or not torch.is_grad_enabled():
+            return loss
+        return loss + torch.stack([0.0 * p.sum() for p in self._trained_parameters()[role]]).sum()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates the optimizer with one parameter group per trained role, each with its own learning rate."""

@@ -59,6 +59,7 @@ class Grid:
             raise InvalidInputError(f"{path} is not a grid: {error!r}") from error
         self.readings: dict[str, list[str | None]] = content.get("readings", {})
         self.tuning: dict[str, Any] = content.get("tuning", {})
+        self.tuned: dict[str, dict[str, Any]] = content.get("tuned", {})
         self.pace_file = path.with_suffix(".pace.json")
         self.paces = json.loads(self.pace_file.read_text()) if self.pace_file.exists() else {}
 
@@ -108,7 +109,7 @@ def cells_of(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
     for budget in args.budgets or grid.budgets:
         for seed in args.seeds or grid.seeds:
             for method in methods:
-                settings = grid.settings(method)
+                settings = grid.settings(method, grid.tuned.get(method))
                 queries = queries_of(budget, method, settings, grid.paces)
                 yield Asked(method, settings, seed, budget, queries, "test", grid.readings_of(method))
 
@@ -127,7 +128,7 @@ def paced_cells(grid: Grid, args: argparse.Namespace) -> Iterator[Asked]:
     """Yields every method as it is, and with the settings that tuning tries, to be timed."""
     for method in args.methods or list(grid.methods):
         tried = grid.tuning["settings"] if method in grid.tuning.get("methods", ()) else []
-        for extra in ({}, *tried):
+        for extra in (grid.tuned.get(method, {}), *tried):
             yield Asked(method, grid.settings(method, extra), grid.seeds[0], "", 0, "", {})
 
 

@@ -32,12 +32,13 @@ POSITION_QUESTIONS = 12
 SAME_PACE = (
     "learning_rate",
     "generator_learning_rate",
+    "weight_temperature",
     "ranking",
     "num_eval_questions",
     "max_minutes",
     "warmup_queries",
 )
-"""Settings that change nothing of what a step computes."""
+"""Settings that change nothing of what a step costs."""
 
 
 def data_of(settings: dict[str, Any]) -> str:
