@@ -1,5 +1,6 @@
 """results/README.md and its plots, from the results files of recipes/compare.py; no number in it is typed by hand."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +26,12 @@ The settings of every method are in the grid file that is named, on top of its b
 importance weights of its samples. A policy gradient (GRPO, RLOO, PPO, REINFORCE) maximises the expected log-likelihood
 of the answer, in both models: its generator learns from all samples alike. Where a name says "dro generator" only the
 selector's estimator differs. Not shown: other models, and so no second size of the selector (PyPI packages that we
-know of hold no other), the data sets of the paper, any GPU, and settings that were not tried.
+know of hold no other), the data sets of the paper, and settings that were not tried.
 
-A budget of minutes is the queries that a method gets through in them at a pace that is measured once, by turns, on a
-machine that does nothing else (`compare.py pace`); the tuning cells of commits 5f40c694 and 7570c518 were stopped by
-the clock instead.
+A budget of minutes is the queries that a method gets through in them at a pace that is measured once, by turns, on 2
+cores that do nothing else (`compare.py pace`); the tuning cells of commits 5f40c694 and 7570c518 were stopped by the
+clock instead. So a cell is the same wherever it runs. The column "minutes" says how long its training took where it
+did run: on those cores, or on a GPU beside a dozen others, which is no measurement of that GPU.
 
 VitalQA is a filtered mixture of public development and test questions with the texts of a PyPI package: its scores
 are no scores of NQ, TriviaQA or WebQuestions. Where a grid says nothing else: VitalQA, K = 1 of N = 8, BM25
@@ -155,9 +157,33 @@ def _draw(results: Results, budget: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _section(path: Path, grid: dict[str, Any], name: str) -> list[str]:
+def _machine(machine: dict[str, Any]) -> str:
+    """Names what a cell ran on."""
+    on_gpu = machine.get("device", "cpu") != "cpu"
+    return f"{machine['device' if on_gpu else 'cpu']}, {machine['dtype']}"
+
+
+def _paces(path: Path) -> list[str]:
+    """How long a query takes each method, where budgets of minutes are made of it."""
+    if not path.exists():
+        return []
+    paces = json.loads(path.read_text()).values()
+    lines = ["| pace | batch | seconds a query | rounds |", "|---|---|---|---|"]
+    for pace in paces:
+        rounds = ", ".join(f"{seconds:.2f}" for seconds in pace["rounds"])
+        names = ", ".join(pace["methods"])
+        lines.append(f"| {names} | {pace['batch']} | {pace['seconds_per_query']:.2f} | {rounds} |")
+    on = {f"{pace['machine']['cpu']}, {pace['machine']['threads']} threads" for pace in paces}
+    return [*lines, "", f"Pace of {'; '.join(sorted(on))}.", ""]
+
+
+def _section(path: Path, grid_file: Path) -> list[str]:
     """What one results file shows, budget by budget."""
+    grid, name = yaml.safe_load(grid_file.read_text()), grid_file.stem
     results, is_tuning = Results(path), path.stem != name
+    place = {method: i for i, method in enumerate([*grid["methods"], *grid.get("readings", {})])}
+    by_grid = sorted(results.cells.values(), key=lambda c: (place.get(c.method.split(" / ")[0], len(place)), c.seed))
+    results.cells = {cell.key: cell for cell in by_grid}
     command = f"python recipes/compare.py {'tune' if is_tuning else 'run'} --grid recipes/grids/{name}.yaml"
     lines = [f"## {path.stem}", "", *([] if is_tuning else [grid.get("about", ""), ""]), "```", command, "```", ""]
     for budget in results.budgets():
@@ -171,8 +197,9 @@ def _section(path: Path, grid: dict[str, Any], name: str) -> list[str]:
             figure = path.with_name(f"{path.stem}-{budget.replace(' ', '-')}.svg")
             _draw(results, budget, figure)
             lines += [f"![{path.stem}, {budget}]({figure.name})", ""]
+    lines += [] if is_tuning else _paces(grid_file.with_suffix(".pace.json"))
     cells = results.cells.values()
-    machines = sorted({f"{c.machine['cpu']}, {c.machine['dtype']}" for c in cells if c.machine})
+    machines = sorted({_machine(c.machine) for c in cells if c.machine})
     commits = sorted({(c.commit or "unknown")[:8] for c in cells})
     return [*lines, f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}.", ""]
 
@@ -187,7 +214,7 @@ def write_report(folder: Path, grids: Path) -> Path:
     for grid in sorted(grids.glob("*.yaml")):
         for suffix in ("", "-tuning"):
             if (path := folder / f"{grid.stem}{suffix}.json").exists():
-                lines += _section(path, yaml.safe_load(grid.read_text()), grid.stem)
+                lines += _section(path, grid)
     if len(lines) == 1:
         lines.append("**No cell of a grid has been run yet.**\n")
     for name, (title, command, end) in APART.items():

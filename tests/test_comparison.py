@@ -1,11 +1,12 @@
 """Cells are kept whole, are not mixed up, and any two methods can be compared long after."""
 
+import argparse
 import io
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from compare import Grid, queries_of
-from compare_cell import pace_key
+from compare import Grid, cells_of, paced_cells, queries_of, tuning_cells
+from compare_cell import Asked, pace_key
 from compare_report import write_report
 from filelock import FileLock
 from rich.console import Console
@@ -157,8 +158,17 @@ def test_a_report_shows_every_method_and_says_what_diverged(tmp_path: Path) -> N
         results.add(made("dro", seed, [1.0, 0.9, 0.8, 1.0], **better))
         results.add(made("grpo", seed, [0.5, 0.4, 0.2, 0.6], curves={"selector/entropy": [0.04, 0.04 * seed]}))
         results.add(made("ppo", seed, [0.5, 0.4, 0.2, 0.6], diverged=seed == 3))
-    (tmp_path / "compare.yaml").write_text("methods: {}")
+    on_gpu = {"device": "a GPU", "cpu": "its host", "dtype": "bfloat16"}
+    results.add(made("rloo", 1, [0.5, 0.4, 0.2, 0.6], machine=on_gpu))
+    (tmp_path / "compare.yaml").write_text("methods: {rloo: {}, dro: {}, grpo: {}}\nreferences: [dro]")
+    pace = {"methods": ["dro", "grpo"], "batch": 8, "seconds_per_query": 2.0, "rounds": [1.9, 2.0, 2.3]}
+    pace["machine"] = {"cpu": "made up", "threads": 2}
+    (tmp_path / "compare.pace.json").write_text(json.dumps({"abc": pace}))
     text = write_report(tmp_path, tmp_path).read_text()
+    assert text.index("| rloo | 42.5 [") < text.index("| dro | 92.5 [") < text.index("| ppo | 42.5 [")  # the grid's order
+    assert "| dro, grpo | 8 | 2.00 | 1.90, 2.00, 2.30 |" in text
+    assert "Pace of made up, 2 threads." in text
+    assert "a GPU, bfloat16" in text
     assert "| dro | 92.5 [" in text
     assert "| grpo | **+50.0 [" in text
     assert "| dro | 2.00 to 1.50 | - | 1.00 to 0.04 | 3 of 3 |" in text
@@ -310,13 +320,32 @@ def test_the_shipped_grids_are_valid() -> None:
         grid = Grid(path)
         assert all(of in grid.methods for _, of in grid.readings.values())
         for method in grid.methods:
-            for extra in [{}, *grid.tuning.get("settings", [])]:
+            for extra in [grid.tuned.get(method), *grid.tuning.get("settings", [])]:
                 settings = {k: v for k, v in grid.settings(method, extra).items() if k != "ranking"}
                 TrlParser((ScriptArguments, DROConfig)).parse_dict({**settings, "use_cpu": True})
+        assert grid.tuned.keys() <= grid.methods.keys()
         for budget in grid.budgets:
             queries_of(budget, "any", {}, {pace_key({}): {"seconds_per_query": 1.0}})
         with pytest.raises(InvalidInputError, match="no method 'nonsense'"):
             grid.settings("nonsense")
+
+
+def test_what_tuning_chose_is_for_the_grid_alone(tmp_path: Path) -> None:
+    """A cell has the chosen settings and its pace is measured with them; tuning tries its own, whatever was chosen."""
+    tuning = {"budget": "8 queries", "methods": ["dro"], "settings": [{"learning_rate": 0.1}, {"learning_rate": 0.2}]}
+    grid = {"base": "base.yaml", "methods": {"dro": {}, "sft": {}}, "seeds": [1], "budgets": ["8 queries"]}
+    (tmp_path / "base.yaml").write_text("learning_rate: 0.1")
+    tuned = {"dro": {"learning_rate": 0.2}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**grid, "tuning": tuning, "tuned": tuned}))
+    args = argparse.Namespace(methods=None, seeds=None, budgets=None)
+
+    def rates(cells: Callable[..., Iterator[Asked]]) -> list[tuple[str, float]]:
+        found = cells(Grid(tmp_path / "grid.yaml"), args)
+        return [(asked.method.split(" / ")[0], asked.settings["learning_rate"]) for asked in found]
+
+    assert rates(cells_of) == [("dro", 0.2), ("sft", 0.1)]
+    assert rates(tuning_cells) == [("dro", 0.1), ("dro", 0.2)]
+    assert rates(paced_cells) == [("dro", 0.2), ("dro", 0.1), ("dro", 0.2), ("sft", 0.1)]
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +395,7 @@ def small_grid(
     return folder
 
 
-def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def compare(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
     """Runs the recipe in the folder of a grid."""
     places = ["--grid", folder / "small.yaml", "--results", folder / "results", "--work", folder / "work"]
     command = [sys.executable, COMPARE, *arguments, *places]
@@ -376,10 +405,10 @@ def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_a_grid_from_nothing_to_a_report(small_grid: Path) -> None:
     """Three methods, one of which diverges and is kept as such; then nothing is left to do; changes are refused."""
-    done = compare(small_grid, "run")
+    done = compare(small_grid, "run", "--workers", 3)
     assert done.returncode == 0, done.stderr
     results = Results(small_grid / "results" / "small.json")
-    assert results.methods("4 queries") == ["dro", "sft", "closed book", "untrained selector", "broken"]
+    assert sorted(results.methods("4 queries")) == ["broken", "closed book", "dro", "sft", "untrained selector"]
     cells = {cell.method: cell for cell in results.cells.values()}
     assert [cells[name].diverged for name in ("dro", "sft", "broken")] == [False, False, True]
     assert cells["dro"].query_steps == cells["sft"].query_steps == 4
@@ -388,7 +417,7 @@ def test_a_grid_from_nothing_to_a_report(small_grid: Path) -> None:
     assert cells["closed book"].predictions["chosen"] == [[]] * 8
     assert "iw_elbo" in cells["untrained selector"].predictions.keys() - cells["sft"].predictions.keys()
     assert {"f1", "exact_match", "iw_elbo", "recall@1"} <= cells["dro"].predictions.keys()
-    assert len(list((small_grid / "work" / "warmup").iterdir())) == 1  # one warm-up for all methods of a seed
+    assert len(list((small_grid / "work" / "warmup").glob("*/drorl.json"))) == 1  # one warm-up for all methods of a seed
 
     again = compare(small_grid, "run")
     assert (again.returncode, "0 cells to run" in again.stderr) == (0, True)

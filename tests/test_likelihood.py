@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+import drorl.attention
 import drorl.backends
 import drorl.tree
 from drorl.adapters import SELECTOR, adapter_parameters
@@ -287,6 +289,28 @@ def test_generation_and_ordinary_passes_are_what_they_were(tiny_model: Callable[
     assert model.config._attn_implementation == TREE_ATTENTION
     assert torch.equal(model(**batch).logits, logits)
     assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), texts)
+
+
+def test_no_kernel_plans_for_a_shape_while_a_model_attends(
+    tiny_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's attention is off in passes along a tree and in others, and outside it is as it was."""
+    model, seen = tiny_model(), []
+    backend_of(model)
+
+    def watched(*args: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        seen.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        return scaled_dot_product_attention(*args, **kwargs)
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(drorl.attention, "scaled_dot_product_attention", watched)
+    sequence_logps(model, FORKED)
+    along_the_tree = len(seen)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model(torch.tensor([[5, 6, 7]]))
+    assert 0 < along_the_tree < len(seen)
+    assert set(seen) == {(False, True)}
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
