@@ -36,7 +36,7 @@ from .weights import importance_weights, log_importance_weights
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("exact_match", "f1", "recall@1", "answer_logp", "iw_elbo")
+METRICS = ("exact_match", "f1", "recall@1", "all_gold@2", "answer_logp", "iw_elbo")
 MIN_QUESTIONS = 150
 
 
@@ -188,7 +188,7 @@ class Experiment:
             "systems": systems,
             "warmup": systems[before],
             "dro": systems[after],
-            "delta": {metric: _difference(*pair, metric) for metric in METRICS},
+            "delta": {m: _difference(*pair, m) for m in METRICS if systems[before][m] is not None},
         }
         for name, content in (("summary", summary), ("log_history", log_history), ("examples", examples)):
             self._write(self.run_dir / f"{name}.json", _indented(content))

@@ -50,7 +50,7 @@ class Metric:
 
     def rank(self, system: Mapping[str, Any]) -> float:
         """Returns a system's value to compare it by; a system without one comes last."""
-        value = system[self.key]
+        value = system.get(self.key)
         return -math.inf if value is None or math.isnan(value) else value
 
 
@@ -58,9 +58,15 @@ METRICS = (
     Metric("exact_match", "exact match", "%", "the answer equals a gold answer after normalisation"),
     Metric("f1", "F1", "%", "overlap of the answer's words with the closest gold answer's"),
     Metric("recall@1", "recall@1", "%", "the first chosen passage contains a gold answer"),
+    Metric("all_gold@2", "both golds", "%", "the first two passages hold all that are marked gold"),
     Metric("iw_elbo", "IW-ELBO", "nats", "log of the gold answer's mean likelihood over sampled permutations"),
     Metric("answer_logp", "answer log-likelihood", "nats", "of the gold answer, given the greedily chosen passages"),
 )
+
+
+def known(values: Mapping[str, Any]) -> list[Metric]:
+    """Returns the metrics that a system, or a difference of two, has: not every data set marks gold passages."""
+    return [metric for metric in METRICS if values.get(metric.key) is not None]
 
 
 def leaders(systems: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -77,7 +83,7 @@ def verdict(delta: Mapping[str, Any]) -> str:
 def headline(deltas: Mapping[str, Any]) -> str:
     """Returns the title of the report: what improved and what worsened, by the intervals."""
     labels = {
-        word: [metric.label for metric in METRICS if verdict(deltas[metric.key]) == word]
+        word: [metric.label for metric in known(deltas) if verdict(deltas[metric.key]) == word]
         for word in ("improved", "worsened")
     }
     changes = [f"{word} {', '.join(named)}" for word, named in labels.items() if named]
@@ -90,7 +96,7 @@ def ahead_of_dro(systems: Mapping[str, Any]) -> str:
     ahead = [
         f"{metric.label} ({leader['label']}: {metric.format(leader[metric.key])} against "
         f"{metric.format(dro[metric.key])} {metric.unit})"
-        for metric in METRICS
+        for metric in known(dro)
         if metric.rank(leader := leading[metric.key]) > metric.rank(dro)
     ]
     return f"DRO does not have the highest value of the table in {'; '.join(ahead)}." if ahead else ""
@@ -103,7 +109,9 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         summary (`Mapping`): content of `summary.json`. The last row is DRO minus warm-up, green or red only when the
             interval of the difference excludes 0.
     """
-    metrics = [metric for metric in METRICS if metric.key != "answer_logp"]  # fits 80 columns
+    metrics = known(summary["delta"])
+    left_out = ("answer_logp", "recall@1" if "all_gold@2" in summary["delta"] else "")  # fits 80 columns
+    metrics = [metric for metric in metrics if metric.key not in left_out]
     samples = f"IW-ELBO from {summary['num_samples_iw_elbo']} samples."
     caption = f"Brackets: 95 % bootstrap intervals over questions. Bold: best. {samples}"
     table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -113,8 +121,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         table.add_column(f"{metric.label}\n{metric.unit}", justify="right", no_wrap=True)
     systems, best = summary["systems"], leaders(summary["systems"])
     for row in systems.values():
-        values = [(metric, row[metric.key], row["ci95"].get(metric.key)) for metric in metrics]
-        bold = ["bold" if value == best[metric.key][metric.key] else "" for metric, value, _ in values]
+        values = [(metric, row.get(metric.key), row["ci95"].get(metric.key)) for metric in metrics]
+        bold = ["bold" if value == best[metric.key].get(metric.key) else "" for metric, value, _ in values]
         table.add_row(Text(row["label"]), *(_cell(*value, style) for value, style in zip(values, bold, strict=True)))
     table.add_section()
     colours = {"improved": "bold green", "worsened": "bold red", "not shown": ""}
@@ -155,7 +163,7 @@ def write_report(run_dir: Path) -> Path:
         summary=summary,
         title=headline(summary["delta"]),
         ahead=ahead_of_dro(summary["systems"]),
-        metrics=METRICS,
+        metrics=known(summary["delta"]),
         leaders=leaders(summary["systems"]),
         verdict=verdict,
         curves=curves(history),

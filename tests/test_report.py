@@ -180,13 +180,14 @@ def test_text_of_data_and_models_is_escaped(page):
 def test_every_metric_of_every_system_is_shown_with_its_interval(page, summary):
     text = text_of(page)
     cells = 0
+    known = [metric for metric in METRICS if metric.key in summary["delta"]]
     for row in summary["systems"].values():
-        for metric in METRICS:
+        for metric in known:
             if row[metric.key] is not None:
                 assert f"{metric.format(row[metric.key])} {metric.format_interval(row['ci95'][metric.key])}" in text
                 cells += 1
     assert cells == 18
-    for metric in METRICS:
+    for metric in known:
         delta = summary["delta"][metric.key]
         assert f"{metric.format(delta['mean'], True)} {metric.format_interval(delta['ci95'], True)}" in text
 
@@ -210,7 +211,7 @@ def test_every_metric_in_which_another_system_is_ahead_is_named(summary):
 
 
 def deltas(**ends):
-    known = {metric.key: {"mean": 0.0, "ci95": [-1.0, 1.0]} for metric in METRICS}
+    known = {metric.key: {"mean": 0.0, "ci95": [-1.0, 1.0]} for metric in METRICS if metric.key != "all_gold@2"}
     return known | {key: {"mean": sum(pair) / 2, "ci95": pair} for key, pair in ends.items()}
 
 
@@ -278,6 +279,23 @@ def test_missing_and_unbounded_values_are_shown_as_such(tmp_path, summary):
     text = text_of(write_report(tmp_path).read_text(encoding="utf-8"))
     assert "F1 points – [−∞, +∞] not shown" in text
     assert "DRO 25.0 [−∞, ∞] – 66.0 – −6.01 What the metrics mean" in text
+
+
+def test_gold_passages_are_shown_where_they_are_known(tmp_path, summary, page):
+    """A column of both golds for data that mark them, which fits into a terminal; other data have none."""
+    assert "both golds" not in text_of(page)
+    found = {"zero_shot": 0.263, "sft": 0.263, "warmup": 0.45, "dro": 0.65}
+    systems = {name: {**row, "all_gold@2": found[name]} for name, row in summary["systems"].items()}
+    gain = {"all_gold@2": {"mean": 0.2, "ci95": [0.05, 0.35]}}
+    rest = {**summary, "systems": systems, "delta": summary["delta"] | gain}
+    write_run(tmp_path, summary=rest, log_history=[], examples=[])
+    text = text_of(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "both golds points +20.0 [+5.0, +35.0] improved" in text
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary_table(rest))
+    table = console.export_text()
+    assert all(shown in table for shown in ("both golds", "26.3", "65.0", "+20.0", "[+0.41, +1.08]"))
+    assert "…" not in table
 
 
 def test_missing_summary_is_a_clear_error(tmp_path):
