@@ -135,10 +135,11 @@ class Results:
         """The methods that there are cells of, in the order in which they were added."""
         return list(dict.fromkeys(cell.method for cell in self.cells.values() if cell.budget == budget))
 
-    def difference(self, a: str, b: str, budget: str, metric: str) -> Interval | None:
+    def difference(self, a: str, b: str, budget: str, metric: str, other_seeds: bool = True) -> Interval | None:
         """Returns `b - a` of a metric on the seeds that both have, paired by question; `None` if there are none.
 
-        Of cells that were asked the same questions in the same data type.
+        Of cells that were asked the same questions in the same data type. The interval is of other seeds and other
+        questions, or with `other_seeds=False` of other questions alone.
         """
         pairs = [
             (x.predictions[metric], y.predictions[metric])
@@ -149,7 +150,8 @@ class Results:
         ]
         if not pairs:
             return None
-        return crossed_bootstrap([np.subtract(y, x).tolist() for x, y in pairs])
+        differences = np.array([np.subtract(y, x) for x, y in pairs])
+        return crossed_bootstrap((differences if other_seeds else differences.mean(axis=0, keepdims=True)).tolist())
 
     def mean(self, method: str, budget: str, metric: str) -> Interval | None:
         """Returns a metric's mean over seeds and questions; `None` if the method has none."""

@@ -17,8 +17,9 @@ NAMES = {name: f"{name} %" for name in RATES} | {"exact_match": "EM %", "f1": "F
 HEAD = """# Results
 
 Written by `python recipes/compare.py report` from the files beside it; no number here is typed by hand. Means over
-seeds and questions with 95 % intervals in brackets, from a bootstrap in which both seeds and questions are resampled.
-A difference is paired: the same seed, the same question. An interval that leaves 0 out is bold, if no cell diverged.
+seeds and questions with 95 % intervals in brackets, from a bootstrap in which both seeds and questions are resampled;
+in the last column of a difference the questions alone: what other questions would do to these very models. A
+difference is paired: the same seed, the same question. An interval that leaves 0 out is bold, if no cell diverged.
 A cell that diverged answers no question: it counts as 0. A selector has collapsed if its entropy over the last quarter
 of training is below 0.05 nats: it makes one choice with probability .99, right or wrong.
 
@@ -90,11 +91,14 @@ def _table(results: Results, budget: str, paper: dict[str, Any]) -> list[str]:
 def _differences(results: Results, budget: str, reference: str) -> list[str]:
     """What one method adds to every other."""
     metrics = _known(results, budget)
-    lines = [f"| {reference} minus | {' | '.join(NAMES[m] for m in metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    columns = [*(NAMES[m] for m in metrics), "F1 % of these seeds"]
+    lines = [f"| {reference} minus | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for method in results.methods(budget):
         if method != reference:
             sound = not any(cell.diverged for name in (method, reference) for cell in results.of(name, budget))
-            shown = [_shown(results.difference(method, reference, budget, m), m, True, sound) for m in metrics]
+            found = [(results.difference(method, reference, budget, m), m) for m in metrics]
+            found.append((results.difference(method, reference, budget, "f1", other_seeds=False), "f1"))
+            shown = [_shown(interval, m, True, sound) for interval, m in found]
             lines.append(f"| {method} | {' | '.join(shown)} |")
     return lines
 

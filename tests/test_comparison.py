@@ -104,6 +104,21 @@ def test_a_difference_is_paired_by_seed_and_question(tmp_path: Path) -> None:
     assert results.difference("a", "b", "4 queries", "iw_elbo") is None
 
 
+def test_an_interval_may_be_of_other_questions_alone(tmp_path: Path) -> None:
+    """Seeds that differ where questions do not: nothing is left of them in an interval of these seeds."""
+    results = Results(tmp_path / "compare.json")
+    for seed, gain in ((1, 0.0), (2, 0.3), (3, 0.6)):
+        results.add(
+            made("a", seed, [0.0, 0.5, 0.25, 0.125]), made("b", seed, [gain, 0.5 + gain, 0.25 + gain, 0.125 + gain])
+        )
+    everything = results.difference("a", "b", "4 queries", "f1")
+    questions = results.difference("a", "b", "4 queries", "f1", other_seeds=False)
+    assert everything is not None and questions is not None
+    assert everything.mean == pytest.approx(0.3) == questions.mean
+    assert questions.ci95 == pytest.approx((0.3, 0.3))
+    assert everything.ci95[0] < 0.1
+
+
 def test_data_types_are_not_compared(tmp_path: Path) -> None:
     """Steps in bfloat16 round otherwise than steps in float32; another machine makes no difference."""
     results = Results(tmp_path / "compare.json")
