@@ -4,12 +4,12 @@
 keyword `tree` attends along the tree; every other pass goes to the attention that the model had before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -22,9 +22,6 @@ TREE_ATTENTION = "drorl_tree"
 _KNOWN = {"dropout", "scaling", "sliding_window", "position_ids", "use_cache", "cache_position", "is_causal"}
 
 _MAX_PAIRS_AS_PRODUCTS = 1 << 19  # beyond, what has to be kept for the backward pass no longer fits into the caches
-# Without cuDNN's: it plans for each new shape anew, and here each pass has shapes of its own. On an H200 a step of
-# SmolLM2-135M took 1.5 s with new shapes and 0.4 s with those of a run before; an answer of 16 tokens has 16 shapes.
-_KERNELS = [kernel for kernel in SDPBackend.__members__.values() if kernel.name not in ("CUDNN_ATTENTION", "ERROR")]
 
 
 class Layout:
@@ -83,7 +80,22 @@ class Layout:
         return torch.zeros(visible.shape, dtype=self._dtype).masked_fill(~visible, -torch.inf).to(self._device)
 
 
-@sdpa_kernel(_KERNELS)
+@contextmanager
+def _without_plans() -> Generator[None]:
+    """Leaves out cuDNN's attention, which plans for each new shape anew: here each pass has shapes of its own.
+
+    On an H200 a step of SmolLM2-135M took 1.5 s with new shapes and 0.4 s with those of a run before; an answer of 16
+    tokens has 16 shapes.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@_without_plans()
 def tree_attention(
     module: nn.Module,
     query: torch.Tensor,

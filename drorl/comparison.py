@@ -123,8 +123,8 @@ class Results:
         aside.replace(self.path)
 
     def budgets(self) -> list[str]:
-        """The budgets that there are cells of."""
-        return sorted({cell.budget for cell in self.cells.values()})
+        """The budgets that there are cells of, small ones first."""
+        return sorted({cell.budget for cell in self.cells.values()}, key=lambda budget: float(budget.split()[0]))
 
     def of(self, method: str, budget: str) -> list[Cell]:
         """The cells of a method, by seed, those that diverged among them."""

@@ -126,7 +126,7 @@ def evaluate_rows(
 
 
 def _fitting(sizes: Mapping[str, int], pipeline: RAGPipeline) -> int:
-    return sizes["cpu" if pipeline.model.device.type == "cpu" else "cuda"]
+    return sizes.get(pipeline.model.device.type, sizes["cpu"])
 
 
 def _parts(items: Sequence[T], pipeline: RAGPipeline) -> list[Sequence[T]]:

@@ -148,15 +148,17 @@ async def run_all(todo: list[Asked], results: Results, work: Path, workers: int)
             finally:
                 if process.returncode is None:  # the grid is being stopped
                     process.kill()
-        if process.returncode:
+                    await process.wait()
+        try:
+            cells = [Cell(**content) for content in json.loads(output.splitlines()[-1])]
+        except (IndexError, ValueError, TypeError):
             failed.append(title)
             logger.error("%s failed with exit code %d", title, process.returncode)
             return
-        contents = json.loads(output.splitlines()[-1])
-        results.add(*(Cell(**content) for content in contents))
-        for content in contents:
-            shown = {k: round(v, 3) for k, v in content["metrics"].items() if v is not None}
-            logger.info("%s: %s%s", content["method"], shown, " (diverged)" * content["diverged"])
+        results.add(*cells)
+        for cell in cells:
+            shown = {k: round(v, 3) for k, v in cell.metrics.items() if v is not None}
+            logger.info("%s: %s%s", cell.method, shown, " (diverged)" * cell.diverged)
 
     async with asyncio.TaskGroup() as group:
         for number, asked in enumerate(todo, start=1):
@@ -188,6 +190,12 @@ def run(cells: Iterator[Asked], path: Path, args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
 def grid_options(parser: argparse.ArgumentParser, work: Path) -> None:
     """Adds what every recipe that runs a grid can be asked."""
     parser.add_argument("--results", type=Path, default=HERE.parent / "results", help="folder; default: results/")
@@ -195,8 +203,17 @@ def grid_options(parser: argparse.ArgumentParser, work: Path) -> None:
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--budgets", nargs="+")
-    parser.add_argument("--workers", type=int, default=1, help="cells at a time, on an accelerator with room for them")
-    parser.add_argument("--force", action="store_true", help="make cells again whose settings have changed")
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=1,
+        help="cells at a time, where an accelerator has room; OMP_NUM_THREADS each",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="make cells again whose settings have changed, or measure a known pace again",
+    )
 
 
 def main() -> int:
@@ -224,7 +241,7 @@ def main() -> int:
         if args.action == "pace":
             from compare_pace import measure
 
-            measure(paced_cells(grid, args), grid.pace_file, args.work)
+            measure(paced_cells(grid, args), grid.pace_file, args.work, force=args.force)
             return 0
         cells = tuning_cells(grid, args) if args.action == "tune" else cells_of(grid, args)
         name = f"{grid.path.stem}{'-tuning' * (args.action == 'tune')}.json"

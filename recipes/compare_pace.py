@@ -49,15 +49,19 @@ def seconds_per_query(asked: Asked, work: Path) -> float:
     return (clock.ends[-1] - clock.ends[0]) / (per_step * (len(clock.ends) - 1))
 
 
-def measure(cells: Iterable[Asked], path: Path, work: Path, rounds: int = ROUNDS) -> None:
-    """Measures methods by turns, and adds them to a file; methods that compute the same are measured as one."""
+def measure(cells: Iterable[Asked], path: Path, work: Path, rounds: int = ROUNDS, force: bool = False) -> None:
+    """Measures methods by turns, and adds them to a file; methods that compute the same are measured as one.
+
+    What the file knows is kept, unless `force` says otherwise: cells were made with it.
+    """
+    paces = json.loads(path.read_text()) if path.exists() else {}
     groups: dict[str, list[Asked]] = {}
     for asked in cells:
-        groups.setdefault(pace_key(asked.settings), []).append(asked)
+        if force or pace_key(asked.settings) not in paces:
+            groups.setdefault(pace_key(asked.settings), []).append(asked)
     seconds: dict[str, list[float]] = {key: [] for key in groups}
     for key in track([*groups] * rounds, "pace of each method"):
         seconds[key].append(round(seconds_per_query(groups[key][0], work), 4))
-    paces = json.loads(path.read_text()) if path.exists() else {}
     for key, members in groups.items():
         paces[key] = {
             "seconds_per_query": statistics.median(seconds[key]),

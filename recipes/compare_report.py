@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -18,8 +19,9 @@ HEAD = """# Results
 
 Written by `python recipes/compare.py report` from the files beside it; no number here is typed by hand. Means over
 seeds and questions with 95 % intervals in brackets, from a bootstrap in which both seeds and questions are resampled;
-in the last column of a difference the questions alone: what other questions would do to these very models. A
-difference is paired: the same seed, the same question. An interval that leaves 0 out is bold, if no cell diverged.
+in the last column of a difference the questions alone: what other questions would do to these very models. With one
+seed every interval is of questions alone. A difference is paired: the same seed, the same question. An interval that
+leaves 0 out is bold, if no cell diverged.
 A cell that diverged answers no question: it counts as 0. A selector has collapsed if its entropy over the last quarter
 of training is below 0.05 nats: it makes one choice with probability .99, right or wrong.
 
@@ -30,8 +32,10 @@ selector's estimator differs. Not shown: other models, and so no second size of 
 know of hold no other), the data sets of the paper, and settings that were not tried.
 
 A budget of minutes is the queries that a method gets through in them at a pace that is measured once, by turns, on 2
-cores that do nothing else (`compare.py pace`); the tuning cells of commits 5f40c694 and 7570c518 were stopped by the
-clock instead. So a cell is the same wherever it runs. The column "minutes" says how long its training took where it
+cores that nobody else uses (`compare.py pace`; its rounds are shown, they differ by up to 29 %); the tuning cells of
+commits 5f40c694 and 7570c518 were stopped by the clock instead. So a cell trains on the same queries wherever it runs,
+up to rounding: one pair, ablation's "dro" and iterations' 200 queries, ran on a CPU and on a GPU, and differs in 9 of
+150 answers, by 0.4 F1 and 1.3 recall@1. The column "minutes" says how long its training took where it
 did run: on those cores, or on a GPU beside a dozen others, which is no measurement of that GPU.
 
 VitalQA is a filtered mixture of public development and test questions with the texts of a PyPI package: its scores
@@ -91,13 +95,15 @@ def _table(results: Results, budget: str, paper: dict[str, Any]) -> list[str]:
 def _differences(results: Results, budget: str, reference: str) -> list[str]:
     """What one method adds to every other."""
     metrics = _known(results, budget)
-    columns = [*(NAMES[m] for m in metrics), "F1 % of these seeds"]
+    several = any(len(results.of(method, budget)) > 1 for method in results.methods(budget))
+    columns = [*(NAMES[m] for m in metrics), *(["F1 % of these seeds"] if several else [])]
     lines = [f"| {reference} minus | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for method in results.methods(budget):
         if method != reference:
             sound = not any(cell.diverged for name in (method, reference) for cell in results.of(name, budget))
             found = [(results.difference(method, reference, budget, m), m) for m in metrics]
-            found.append((results.difference(method, reference, budget, "f1", other_seeds=False), "f1"))
+            if several:
+                found.append((results.difference(method, reference, budget, "f1", other_seeds=False), "f1"))
             shown = [_shown(interval, m, True, sound) for interval, m in found]
             lines.append(f"| {method} | {' | '.join(shown)} |")
     return lines
@@ -157,7 +163,8 @@ def _draw(results: Results, budget: str, path: Path) -> None:
     axes[2].legend(fontsize=6, frameon=False)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    with plt.rc_context({"svg.hashsalt": path.name}):  # the same bytes for the same cells
+        figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
@@ -194,6 +201,11 @@ def _section(path: Path, grid_file: Path) -> list[str]:
         methods = results.methods(budget)
         questions = max(len(cell.predictions["prediction"]) for cell in results.cells.values())
         lines += [f"### {budget} of training, {questions} questions", ""]
+        if not is_tuning and budget not in grid["budgets"]:
+            trained = [method for method in methods if method in grid["methods"]]
+            seeds = sorted({cell.seed for method in trained for cell in results.of(method, budget)})
+            asked = f"--methods {shlex.join(trained)} --seeds {shlex.join(map(str, seeds))}"
+            lines += ["```", f'{command} --budgets "{budget}" {asked}', "```", ""]
         lines += [*_table(results, budget, grid.get("paper", {})), "", *_training(results, budget)]
         if not is_tuning and len(methods) > 1:
             for reference in [m for m in grid.get("references", methods[:1]) if m in methods]:

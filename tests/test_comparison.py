@@ -1,16 +1,18 @@
 """Cells are kept whole, are not mixed up, and any two methods can be compared long after."""
 
 import argparse
+import asyncio
 import io
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import compare as compare_recipe
 import multihop
 import numpy as np
 import pytest
@@ -175,7 +177,7 @@ def test_a_report_shows_every_method_and_says_what_diverged(tmp_path: Path) -> N
         results.add(made("ppo", seed, [0.5, 0.4, 0.2, 0.6], diverged=seed == 3))
     on_gpu = {"device": "a GPU", "cpu": "its host", "dtype": "bfloat16"}
     results.add(made("rloo", 1, [0.5, 0.4, 0.2, 0.6], machine=on_gpu))
-    (tmp_path / "compare.yaml").write_text("methods: {rloo: {}, dro: {}, grpo: {}}\nreferences: [dro]")
+    (tmp_path / "compare.yaml").write_text("methods: {rloo: {}, dro: {}, grpo: {}}\nreferences: [dro]\nbudgets: []")
     pace = {"methods": ["dro", "grpo"], "batch": 8, "seconds_per_query": 2.0, "rounds": [1.9, 2.0, 2.3]}
     pace["machine"] = {"cpu": "made up", "threads": 2}
     (tmp_path / "compare.pace.json").write_text(json.dumps({"abc": pace}))
@@ -185,6 +187,7 @@ def test_a_report_shows_every_method_and_says_what_diverged(tmp_path: Path) -> N
     assert "| dro, grpo | 8 | 2.00 | 1.90, 2.00, 2.30 |" in text
     assert "Pace of made up, 2 threads." in text
     assert "a GPU, bfloat16" in text
+    assert '--budgets "4 queries" --methods rloo dro grpo --seeds 1 2 3' in text
     assert "| dro | 92.5 [" in text
     assert "| grpo | **+50.0 [" in text
     assert "| dro | 2.00 to 1.50 | - | 1.00 to 0.04 | 3 of 3 |" in text
@@ -340,8 +343,9 @@ def test_the_shipped_grids_are_valid() -> None:
                 settings = {k: v for k, v in grid.settings(method, extra).items() if k != "ranking"}
                 TrlParser((ScriptArguments, DROConfig)).parse_dict({**settings, "use_cpu": True})
         assert grid.tuned.keys() <= grid.methods.keys()
-        for budget in grid.budgets:
-            queries_of(budget, "any", {}, {pace_key({}): {"seconds_per_query": 1.0}})
+        for budget in grid.budgets:  # minutes have a pace
+            for method in grid.methods:
+                queries_of(budget, method, grid.settings(method, grid.tuned.get(method)), grid.paces)
         with pytest.raises(InvalidInputError, match="no method 'nonsense'"):
             grid.settings("nonsense")
 
@@ -362,6 +366,44 @@ def test_what_tuning_chose_is_for_the_grid_alone(tmp_path: Path) -> None:
     assert rates(cells_of) == [("dro", 0.2), ("sft", 0.1)]
     assert rates(tuning_cells) == [("dro", 0.1), ("dro", 0.2)]
     assert rates(paced_cells) == [("dro", 0.2), ("dro", 0.1), ("dro", 0.2), ("sft", 0.1)]
+
+
+STUB = """import json, os, sys, time
+asked = json.loads(sys.argv[2])
+made = {"method": asked["method"], "seed": asked["seed"], "budget": asked["budget"], "metrics": {"f1": 0.5}}
+made |= {"minutes": 0.1, "query_steps": 4, "settings": {}, "commit": None, "predictions": {"prediction": ["x"]}}
+if asked["method"] == "sleeps":
+    open(sys.argv[4], "w").write(str(os.getpid()))
+    time.sleep(60)
+print("a line of somebody else's")
+print({"good": json.dumps([made]), "odd": "no cell"}.get(asked["method"], ""))
+sys.exit(3 * (asked["method"] == "bad"))
+"""
+
+
+def test_a_cell_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it prints or returns, it is named; the others are kept. A grid that is stopped leaves no process."""
+    (tmp_path / "stub.py").write_text(STUB)
+    monkeypatch.setattr(compare_recipe, "__file__", str(tmp_path / "stub.py"))
+    results, pid = Results(tmp_path / "results.json"), tmp_path / "pid"
+
+    def run(*methods: str) -> Coroutine[None, None, list[str]]:
+        todo = [Asked(method, {}, 1, "4 queries", 4, "test", {}) for method in methods]
+        return compare_recipe.run_all(todo, results, pid, workers=2)
+
+    failed = asyncio.run(run("bad", "good", "odd", "none"))
+    assert sorted(failed) == [f"{method}, seed 1, 4 queries" for method in ("bad", "none", "odd")]
+    assert Results(results.path).methods("4 queries") == ["good"]
+
+    async def stopped() -> None:
+        task = asyncio.create_task(run("sleeps"))
+        while not (pid.exists() and pid.read_text()):
+            await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(stopped())
+    assert not Path("/proc", pid.read_text()).exists()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -311,6 +312,9 @@ def test_no_kernel_plans_for_a_shape_while_a_model_attends(
     assert 0 < along_the_tree < len(seen)
     assert set(seen) == {(False, True)}
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    with sdpa_kernel(SDPBackend.MATH):  # what somebody else has turned off stays off
+        model(torch.tensor([[5, 6, 7]]))
+    assert seen[-1] == (False, False)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
