@@ -11,6 +11,7 @@ systems, Koehn, Statistical Significance Tests for Machine Translation Evaluatio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -100,11 +101,19 @@ def crossed_bootstrap(
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 2 or not array.size or not np.isfinite(array).all():
         raise ValueError(f"{len(values)} seeds need the same number of finite values each")
-    rng, tail = np.random.default_rng(seed), (1 - confidence) / 2
-    seeds, questions = (_resampled(rng, n, num_resamples) for n in array.shape)
+    tail = (1 - confidence) / 2
+    seeds, questions = _crossed_weights(*array.shape, num_resamples, seed)
     means = np.einsum("rs,sq,rq->r", seeds, array, questions, optimize=True)
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(float(array.mean()), (float(low), float(high)))
+
+
+@lru_cache(maxsize=4)  # a report asks for hundreds of intervals over the same seeds and questions
+def _crossed_weights(
+    num_seeds: int, num_questions: int, num_resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return _resampled(rng, num_seeds, num_resamples), _resampled(rng, num_questions, num_resamples)
 
 
 def _resampled(rng: np.random.Generator, n: int, num_resamples: int) -> np.ndarray:

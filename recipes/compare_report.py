@@ -148,8 +148,8 @@ def _draw(results: Results, budget: str, path: Path) -> None:
     for ax, metric in zip(axes, ("f1", "recall@1"), strict=False):
         for y, method in enumerate(methods):
             if (interval := results.mean(method, budget, metric)) is not None:
-                ax.plot([100 * end for end in interval.ci95], [y, y], color="0.6")
-                ax.plot(100 * interval.mean, y, "o", color="C0")
+                ax.plot([100 * end for end in interval.ci95], [y, y], color="0.6", clip_on=False)
+                ax.plot(100 * interval.mean, y, "o", color="C0", clip_on=False)
         ax.set_yticks(range(len(methods)), methods if metric == "f1" else [""] * len(methods))
         ax.set_xlabel(NAMES[metric])
     for method in methods[::-1]:
@@ -158,12 +158,12 @@ def _draw(results: Results, budget: str, path: Path) -> None:
         if curves:
             means = pd.DataFrame(curves, dtype=float).mean()
             smooth = means.rolling(max(1, len(means) // 20), min_periods=1).mean()
-            axes[2].plot(smooth.index / max(len(means) - 1, 1), smooth, label=method)
+            axes[2].plot(smooth.index / max(len(means) - 1, 1), smooth, label=method, clip_on=False)
     axes[2].set(xlabel="share of training", ylabel="effective sample size")
     axes[2].legend(fontsize=6, frameon=False)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    with plt.rc_context({"svg.hashsalt": path.name}):  # the same bytes for the same cells
+    with plt.rc_context({"svg.hashsalt": path.name}):  # the same bytes for the same cells, with clip_on=False
         figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
