@@ -95,8 +95,8 @@ def ahead_of_dro(systems: Mapping[str, Any]) -> str:
     leading, dro = leaders(systems), systems["dro"]
     ahead = [
         f"{metric.label} ({leader['label']}: {metric.format(leader[metric.key])} against "
-        f"{metric.format(dro[metric.key])} {metric.unit})"
-        for metric in known(dro)
+        f"{metric.format(dro.get(metric.key))} {metric.unit})"
+        for metric in METRICS
         if metric.rank(leader := leading[metric.key]) > metric.rank(dro)
     ]
     return f"DRO does not have the highest value of the table in {'; '.join(ahead)}." if ahead else ""

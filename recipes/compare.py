@@ -152,6 +152,8 @@ async def run_all(todo: list[Asked], results: Results, work: Path, workers: int)
         try:
             cells = [Cell(**content) for content in json.loads(output.splitlines()[-1])]
         except (IndexError, ValueError, TypeError):
+            cells = []
+        if process.returncode or not cells:
             failed.append(title)
             logger.error("%s failed with exit code %d", title, process.returncode)
             return

@@ -32,11 +32,11 @@ selector's estimator differs. Not shown: other models, and so no second size of 
 know of hold no other), the data sets of the paper, and settings that were not tried.
 
 A budget of minutes is the queries that a method gets through in them at a pace that is measured once, by turns, on 2
-cores that nobody else uses (`compare.py pace`; its rounds are shown, they differ by up to 29 %); the tuning cells of
-commits 5f40c694 and 7570c518 were stopped by the clock instead. So a cell trains on the same queries wherever it runs,
-up to rounding: one pair, ablation's "dro" and iterations' 200 queries, ran on a CPU and on a GPU, and differs in 9 of
-150 answers, by 0.4 F1 and 1.3 recall@1. The column "minutes" says how long its training took where it
-did run: on those cores, or on a GPU beside a dozen others, which is no measurement of that GPU.
+cores (`compare.py pace`; how far its rounds are apart stands below its table); the tuning cells of commits 5f40c694
+and 7570c518 were stopped by the clock instead. So a cell trains on the same queries wherever it runs, but not to the
+same bits: a GPU rounds otherwise, and TRL's default there is autocast, in which the adapters, too, compute in
+bfloat16. (Ablation's "dro" and iterations' 200 queries are one cell on both.) The column "minutes" says how long its
+training took where it did run: on those cores, or on a GPU beside a dozen others, which is no measurement of that GPU.
 
 VitalQA is a filtered mixture of public development and test questions with the texts of a PyPI package: its scores
 are no scores of NQ, TriviaQA or WebQuestions. Where a grid says nothing else: VitalQA, K = 1 of N = 8, BM25
@@ -185,7 +185,8 @@ def _paces(path: Path) -> list[str]:
         names = ", ".join(pace["methods"])
         lines.append(f"| {names} | {pace['batch']} | {pace['seconds_per_query']:.2f} | {rounds} |")
     on = {f"{pace['machine']['cpu']}, {pace['machine']['threads']} threads" for pace in paces}
-    return [*lines, "", f"Pace of {'; '.join(sorted(on))}.", ""]
+    apart = max(max(pace["rounds"]) / min(pace["rounds"]) - 1 for pace in paces)
+    return [*lines, "", f"Pace of {'; '.join(sorted(on))}. The rounds of one differ by up to {apart:.0%}.", ""]
 
 
 def _section(path: Path, grid_file: Path) -> list[str]:

@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import compare as compare_recipe
+import compare_pace
 import multihop
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from drorl.comparison import Cell, Results
 from drorl.errors import InvalidInputError
 from drorl.evaluation import (
     Record,
+    _parts,
     aggregate,
     evaluate_rows,
     gold_recalls,
@@ -87,6 +90,10 @@ def test_what_is_added_is_read_again(tmp_path: Path) -> None:
     again = Results(tmp_path / "compare.json")
     assert list(again.cells.values()) == [made("dro", 1, [0.25, 1.0]), made("grpo", 1, [0.0, 1.0])]
     assert again.methods("4 queries") == ["dro", "grpo"]
+    again.add(
+        replace(made("dro", 1, [0.5]), budget="10 queries"), replace(made("dro", 1, [0.5]), budget="200 queries")
+    )
+    assert again.budgets() == ["4 queries", "10 queries", "200 queries"]
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -185,8 +192,11 @@ def test_a_report_shows_every_method_and_says_what_diverged(tmp_path: Path) -> N
     order = [text.index(f"| {row} [") for row in ("rloo | 42.5", "dro | 92.5", "ppo | 42.5")]
     assert order == sorted(order)  # the grid's; what it does not name comes last
     assert "| dro, grpo | 8 | 2.00 | 1.90, 2.00, 2.30 |" in text
-    assert "Pace of made up, 2 threads." in text
+    assert "Pace of made up, 2 threads. The rounds of one differ by up to 21%." in text
     assert "a GPU, bfloat16" in text
+    figure = (tmp_path / "compare-4-queries.svg").read_bytes()
+    write_report(tmp_path, tmp_path)
+    assert (tmp_path / "compare-4-queries.svg").read_bytes() == figure  # the same bytes for the same cells
     assert '--budgets "4 queries" --methods rloo dro grpo --seeds 1 2 3' in text
     assert "| dro | 92.5 [" in text
     assert "| grpo | **+50.0 [" in text
@@ -350,6 +360,36 @@ def test_the_shipped_grids_are_valid() -> None:
             grid.settings("nonsense")
 
 
+def test_a_pace_that_is_known_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells were made with it: only what is new is timed, in turns; `force` times everything again."""
+    timed: list[str] = []
+
+    def seconds(asked: Asked, work: Path) -> float:
+        timed.append(asked.method)
+        return float(len(timed))
+
+    monkeypatch.setattr(compare_pace, "seconds_per_query", seconds)
+
+    def paces(*methods: str, force: bool = False) -> dict[str, float]:
+        settings = [{"proposal": method, "per_device_train_batch_size": 8} for method in methods]
+        asked = [Asked(m, s, 1, "", 0, "", {}) for m, s in zip(methods, settings, strict=True)]
+        compare_pace.measure(asked, tmp_path / "pace.json", tmp_path, force=force)
+        kept = json.loads((tmp_path / "pace.json").read_text())
+        return {pace["methods"][0]: pace["seconds_per_query"] for pace in kept.values()}
+
+    assert paces("a") == {"a": 2.0}
+    assert paces("a", "b", "c") == {"a": 2.0, "b": 6.0, "c": 7.0}
+    assert timed == ["a"] * 3 + ["b", "c"] * 3
+    assert paces("a", force=True) == {"a": 11.0, "b": 6.0, "c": 7.0}
+
+
+def test_a_pass_is_larger_on_a_gpu_alone() -> None:
+    """Whatever is no CUDA device, of which nothing was measured, takes what a CPU takes."""
+    for device, size in {"cpu": 4, "mps": 4, "cuda": 16}.items():
+        pipeline: Any = SimpleNamespace(model=SimpleNamespace(device=torch.device(device)))
+        assert [len(part) for part in _parts(range(18), pipeline)][:2] == [size, min(size, 18 - size)]
+
+
 def test_what_tuning_chose_is_for_the_grid_alone(tmp_path: Path) -> None:
     """A cell has the chosen settings and its pace is measured with them; tuning tries its own, whatever was chosen."""
     tuning = {"budget": "8 queries", "methods": ["dro"], "settings": [{"learning_rate": 0.1}, {"learning_rate": 0.2}]}
@@ -374,9 +414,12 @@ made = {"method": asked["method"], "seed": asked["seed"], "budget": asked["budge
 made |= {"minutes": 0.1, "query_steps": 4, "settings": {}, "commit": None, "predictions": {"prediction": ["x"]}}
 if asked["method"] == "sleeps":
     open(sys.argv[4], "w").write(str(os.getpid()))
-    time.sleep(60)
+    time.sleep(600)
+open(sys.argv[4] + ".log", "a").write("+")
+time.sleep(0.1)
+open(sys.argv[4] + ".log", "a").write("-")
 print("a line of somebody else's")
-print({"good": json.dumps([made]), "odd": "no cell"}.get(asked["method"], ""))
+print({"good": json.dumps([made]), "bad": json.dumps([made]), "odd": "no cell"}.get(asked["method"], ""))
 sys.exit(3 * (asked["method"] == "bad"))
 """
 
@@ -387,11 +430,16 @@ def test_a_cell_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(compare_recipe, "__file__", str(tmp_path / "stub.py"))
     results, pid = Results(tmp_path / "results.json"), tmp_path / "pid"
 
-    def run(*methods: str) -> Coroutine[None, None, list[str]]:
+    def run(*methods: str, workers: int = 1) -> Coroutine[None, None, list[str]]:
         todo = [Asked(method, {}, 1, "4 queries", 4, "test", {}) for method in methods]
-        return compare_recipe.run_all(todo, results, pid, workers=2)
+        return compare_recipe.run_all(todo, results, pid, workers)
 
     failed = asyncio.run(run("bad", "good", "odd", "none"))
+    log = pid.with_suffix(".log")
+    assert log.read_text() == "+-" * 4  # one at a time
+    log.unlink()
+    asyncio.run(run("good", "good", workers=2))
+    assert log.read_text() == "++--"
     assert sorted(failed) == [f"{method}, seed 1, 4 queries" for method in ("bad", "none", "odd")]
     assert Results(results.path).methods("4 queries") == ["good"]
 
@@ -400,7 +448,8 @@ def test_a_cell_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: p
         while not (pid.exists() and pid.read_text()):
             await asyncio.sleep(0.05)
         task.cancel()
-        await asyncio.wait([task])
+        done, _ = await asyncio.wait([task], timeout=30)
+        assert done
 
     asyncio.run(stopped())
     assert not Path("/proc", pid.read_text()).exists()

@@ -297,13 +297,14 @@ def test_no_kernel_plans_for_a_shape_while_a_model_attends(
 ) -> None:
     """cuDNN's attention is off in passes along a tree and in others, and outside it is as it was."""
     model, seen = tiny_model(), []
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
     backend_of(model)
 
     def watched(*args: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         seen.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
         return scaled_dot_product_attention(*args, **kwargs)
 
-    before = torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr(drorl.attention, "scaled_dot_product_attention", watched)
     sequence_logps(model, FORKED)
     along_the_tree = len(seen)
@@ -311,7 +312,8 @@ def test_no_kernel_plans_for_a_shape_while_a_model_attends(
     model(torch.tensor([[5, 6, 7]]))
     assert 0 < along_the_tree < len(seen)
     assert set(seen) == {(False, True)}
-    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
     with sdpa_kernel(SDPBackend.MATH):  # what somebody else has turned off stays off
         model(torch.tensor([[5, 6, 7]]))
     assert seen[-1] == (False, False)

@@ -208,6 +208,8 @@ def test_every_metric_in_which_another_system_is_ahead_is_named(summary):
     )
     unknown = {**summary["systems"]["sft"], "recall@1": None, "exact_match": math.nan}
     assert ahead_of_dro({"sft": unknown, "dro": summary["systems"]["dro"]}) == ""
+    lost = {**summary["systems"]["dro"], "f1": None}
+    assert "F1 (" in ahead_of_dro({"sft": unknown, "dro": lost})  # DRO has none: the other is ahead
 
 
 def deltas(**ends):
