@@ -1,6 +1,5 @@
 """Callbacks: EM iterations with early stopping, a budget in minutes, Ctrl-C, a progress bar."""
 
-import dataclasses
 import signal
 import threading
 import time
@@ -80,21 +79,6 @@ class TimeBudgetCallback(TrainerCallback):
         if self._left(state) == 0.0:
             control.should_save = True
             control.should_training_stop = True
-
-
-class SelectorTemperatureCallback(TrainerCallback):
-    """Lets the selector's temperature fall over training, from `selector_temperature_start` to its own."""
-
-    def __init__(self, pipeline: Any, args: Any):
-        self.pipeline, self.start, self.end = pipeline, args.selector_temperature_start, args.selector_temperature
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        share = state.global_step / state.max_steps
-        temperature = self.start + share * (self.end - self.start)
-        self.pipeline.policy = dataclasses.replace(self.pipeline.policy, temperature=temperature)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.pipeline.policy = dataclasses.replace(self.pipeline.policy, temperature=self.end)
 
 
 class InterruptCallback(TrainerCallback):

@@ -57,8 +57,6 @@ class DROSettings(PipelineSettings):
     vf_coef: float = _setting(0.1, "Weight of the critic's loss (ppo).")
     generator_objective: str = _setting("dro", "Objective of the generator.", ("dro", "elbo", "sft", "none"))
     baseline: str = _setting("none", "Control variate of the weights.", ("none", "mean", "leave_one_out"))
-    learn_retrieval_prior: bool = _setting(False, "Train the prior's weight with the selector, at a rate of 0.01.")
-    selector_temperature_start: float | None = _setting(None, "The selector's temperature falls from here, linearly.")
     min_importance_weight: float = _setting(0.0, "Permutations of a smaller weight do not train the generator.")
     max_tokens_per_forward: int | None = _setting(None, "Bound on the distinct tokens of a forward pass.")
     generator_learning_rate: float | None = _setting(None, "Learning rate of the generator; default: learning_rate.")

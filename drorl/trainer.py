@@ -19,8 +19,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-import dataclasses
-
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
@@ -31,7 +29,6 @@ from transformers.utils import logging
 
 from .adapters import GENERATOR, ROLES, SELECTOR, load_with_adapters
 from .backends import backend_of, refuse_dropout
-from .callbacks import SelectorTemperatureCallback
 from .config import DROConfig
 from .data.rows import validate_rows
 from .engines.sampler import sampler_for
@@ -134,11 +131,6 @@ class DROTrainer(TwoRoleTrainer):
             generator_model,
             generator_processing_class or generator_tokenizer,
         )
-        if args.learn_retrieval_prior:
-            self.prior_weight = nn.Parameter(torch.tensor(args.retrieval_prior_weight, device=self.model.device))
-            self.pipeline.policy = dataclasses.replace(self.pipeline.policy, retrieval_prior_weight=self.prior_weight)
-        if args.selector_temperature_start is not None:
-            self.add_callback(SelectorTemperatureCallback(self.pipeline, args))
         if args.selector_objective == "ppo":
             self.pipeline.critic = ValueHead(self.model.config.get_text_config().hidden_size).to(self.model.device)
         self.last_records: list[Record] = []
@@ -245,8 +237,6 @@ class DROTrainer(TwoRoleTrainer):
             loss = output.loss + loss.detach()
             for name, value in output.metrics.items():
                 metrics[name] += share * value
-        described["policy/retrieval_prior_weight"] = float(self.pipeline.policy.retrieval_prior_weight)
-        described["policy/temperature"] = self.pipeline.policy.temperature
         watched = {} if self.sampler is None else self.sampler.watched()
         self._log_means({**described, **metrics, **watched, "memory/peak_gib": peak_memory()})
         return loss

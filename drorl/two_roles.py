@@ -70,8 +70,7 @@ class TwoRoleTrainer(AtomicCheckpoints):
     def _parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Returns what is stepped and clipped as one: each trained role, and PPO's critic."""
         critic = self.pipeline.critic
-        prior = {"prior": [self.prior_weight]} if self.args.learn_retrieval_prior else {}
-        return self._trained_parameters() | prior | ({} if critic is None else {"critic": list(critic.parameters())})
+        return self._trained_parameters() | ({} if critic is None else {"critic": list(critic.parameters())})
 
     def _with_graph(self, loss: torch.Tensor, role: str) -> torch.Tensor:
         """Returns a role's loss, with a graph to train on though none of its samples is valid."""
@@ -87,8 +86,6 @@ class TwoRoleTrainer(AtomicCheckpoints):
             groups = {n: {"params": p, "weight_decay": decay} for n, p in self._parameter_groups().items()}
             if GENERATOR in groups and self.args.generator_learning_rate is not None:
                 groups[GENERATOR]["lr"] = self.args.generator_learning_rate
-            if "prior" in groups:
-                groups["prior"] |= {"lr": 0.01, "weight_decay": 0.0}
             self.optimizer = optimizer_cls(list(groups.values()), **kwargs)
         # The Trainer zeroes the gradients of `self.model` only; a separate generator is not part of it.
         if not isinstance(self.optimizer, AcceleratedOptimizer):  # as it is when training goes on: it has the hook

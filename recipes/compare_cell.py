@@ -27,14 +27,12 @@ if TYPE_CHECKING:
     from drorl import DROConfig, DROTrainer
 
 logger = logging.getLogger("drorl.compare")
-CURVES = ("effective_sample_size", "iw_elbo", "selector/entropy", "importance_weights/max", "reward", "policy/retrieval_prior_weight")
+CURVES = ("effective_sample_size", "iw_elbo", "selector/entropy", "importance_weights/max", "reward")
 POSITION_QUESTIONS = 12
 SAME_PACE = (
     "learning_rate",
     "generator_learning_rate",
     "weight_temperature",
-    "learn_retrieval_prior",
-    "selector_temperature_start",
     "ranking",
     "num_eval_questions",
     "max_minutes",
