@@ -1,7 +1,7 @@
 r"""Two-hop questions: does it help to choose the second passage in the light of the first?
 
     python recipes/multihop.py                         # on 2 CPU cores; stop and start at any time
-    python recipes/multihop.py --seeds 1 2 3 --budgets "400 queries"
+    python recipes/multihop.py --seeds 1 2 3 --budgets "160 queries"
 
 On the embedded data set VitalHop, K = 2 of N = 9 passages: three selectors from the same warm-up on the same queries
 (recipes/grids/multihop.yaml), asked the same held-out questions, about countries that training has not seen. The
