@@ -15,6 +15,7 @@ tests/test_likelihood.py compares values and gradients with the repeated computa
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,8 +66,7 @@ def sequence_logps(
     Raises:
         ValueError: if a prompt or a completion is empty.
     """
-    logits, lengths, targets = _scored(model, pairs)
-    logps = torch.log_softmax(logits / temperature, dim=-1).gather(1, targets[:, None])[:, 0]
+    logps, _, lengths = _scored(model, pairs, temperature)
     return list(logps.split(lengths))
 
 
@@ -74,19 +74,19 @@ def totals_and_values(
     model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], critic: ValueHead | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns log p(completion | prompt) of each pair, `(n,)`, nats, and a critic's values of their ends, `(n,)`."""
-    logits, lengths, targets = _scored(model, pairs, critic)
-    values = None
-    if critic is not None:
-        logits, column = logits[:, :-1], logits[:, -1]
-        values = column[torch.tensor(lengths).cumsum(dim=0) - 1]
-    logps = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
+    logps, values, lengths = _scored(model, pairs, critic=critic)
+    if values is not None:
+        values = values[torch.tensor(lengths).cumsum(dim=0) - 1]
     return torch.stack([tokens.sum() for tokens in logps.split(lengths)]), values
 
 
 def _scored(
-    model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], critic: ValueHead | None = None
-) -> tuple[torch.Tensor, list[int], torch.Tensor]:
-    """Returns what predicts each token of the completions, `(tokens, V)`, their lengths, and the tokens."""
+    model: nn.Module,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    temperature: float = 1.0,
+    critic: ValueHead | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
+    """Returns log p of each token of the completions and a critic's values before it, `(tokens,)`; their lengths."""
     states = TreeStates(model, backend_of(model), critic=critic)
     scored: list[int] = []
     targets: list[int] = []
@@ -96,6 +96,61 @@ def _scored(
         # The last token predicts nothing that is scored, so it is not encoded.
         scored += states.tree.add([*prompt, *completion[:-1]])[len(prompt) - 1 :]
         targets += completion
-    logits = states.logits(scored)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits, [len(completion) for _, completion in pairs], torch.tensor(targets, device=logits.device)
+    logits, places = states.distinct_logits(scored)
+    values = None if critic is None else logits[places, -1].float()
+    logits = logits if critic is None else logits[:, :-1]
+    index = torch.tensor([places, targets], device=logits.device)
+    logps = TokenLogps.apply(logits, *index, temperature)
+    return logps, values, [len(completion) for _, completion in pairs]
+
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(logits / temperature) of some tokens, in float32 or wider.
+
+    Where a whole query is scored after each passage, the rows of V logits are the largest tensors of a step. PyTorch's
+    log_softmax would copy them twice in float32, and keep one for its backward pass; this goes through them in slices
+    that fit into a cache, and computes the softmax again.
+
+    Args:
+        logits (`torch.Tensor` of shape `(U, V)`): of the distinct places.
+        places (`torch.Tensor` of shape `(n,)`): the row of each token.
+        targets (`torch.Tensor` of shape `(n,)`): the tokens.
+        temperature (`float`): divides the logits.
+    """
+
+    SLICE = {"cpu": 2**22, "cuda": 2**27}  # logits: 16 MiB in float32; a GPU waits for the next kernel
+
+    @staticmethod
+    def slices(logits: torch.Tensor) -> range:
+        """The first rows of the slices."""
+        numbers = TokenLogps.SLICE.get(logits.device.type, TokenLogps.SLICE["cpu"])
+        return range(0, len(logits), max(1, numbers // logits.shape[1]))
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        """Returns the log-probabilities, `(n,)`, nats."""
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        step = TokenLogps.slices(logits).step
+        normalisers = torch.cat([(rows.to(wide) / temperature).logsumexp(dim=-1) for rows in logits.split(step)])
+        ctx.save_for_backward(logits, places, targets, normalisers)
+        ctx.temperature = temperature
+        return logits[places, targets].to(wide) / temperature - normalisers[places]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """d log p(t) / d logit(v) = ([t = v] - p(v)) / temperature, summed over the tokens of a row."""
+        logits, places, targets, normalisers = ctx.saved_tensors
+        grad = grads[0] / ctx.temperature
+        of_row = torch.zeros_like(normalisers).index_add_(0, places, grad)
+        result = torch.empty_like(logits)
+        starts = TokenLogps.slices(logits)
+        for start in starts:
+            rows = slice(start, start + starts.step)
+            logps = logits[rows].to(grad.dtype) / ctx.temperature - normalisers[rows, None]
+            part = logps.exp_().mul_(-of_row[rows, None])
+            [tokens] = torch.where((places >= start) & (places < start + starts.step))
+            part.index_put_((places[tokens] - start, targets[tokens]), grad[tokens], accumulate=True)
+            result[rows] = part
+        return result, None, None, None

@@ -62,9 +62,18 @@ class TreeStates:
         return other
 
     def logits(self, nodes: Sequence[int]) -> torch.Tensor:
-        """Encodes what is new in the tree and returns the next-token logits after each of `nodes`, `(len(nodes), V)`.
+        """Returns the next-token logits after each of `nodes`, `(len(nodes), V)`; see [`distinct_logits`]."""
+        logits, places = self.distinct_logits(nodes)
+        return logits[places]
+
+    def distinct_logits(self, nodes: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """Encodes what is new in the tree and returns the next-token logits after some of its nodes.
 
         The head is evaluated there only (by the packed back ends). `nodes` must be new.
+
+        Returns:
+            logits (`torch.Tensor` of shape `(U, V)`): of the U distinct nodes.
+            places (`list[int]`): the row of each of `nodes`.
 
         Raises:
             InvalidInputError: if a sequence is longer than the model's window.
@@ -78,7 +87,7 @@ class TreeStates:
         if unique[0] < len(self.slots):
             raise ValueError(f"node {unique[0]} was encoded before: its logits are gone")
         encode = {"cached": self._rounds, "repeated": self._sequences}.get(self.backend, self._packed)
-        return encode(unique)[_places(unique, nodes)]
+        return encode(unique), _places(unique, nodes)
 
     def _run(
         self, nodes: torch.Tensor, mask: torch.Tensor | BlockMask, keep: Sequence[int], **inputs: object

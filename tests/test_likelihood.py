@@ -43,7 +43,7 @@ from drorl.adapters import SELECTOR, adapter_parameters
 from drorl.answers import answer_logps, scored_answers
 from drorl.attention import TREE_ATTENTION, _as_products, uninstall
 from drorl.backends import backend_of
-from drorl.likelihood import PromptStates, sequence_logps
+from drorl.likelihood import PromptStates, TokenLogps, sequence_logps
 from drorl.states import TreeStates, can_keep
 
 Pair = tuple[list[int], list[int]]
@@ -569,3 +569,32 @@ def test_which_strings_are_scored(target: str, expected: list[str]) -> None:
         "candidates": [{"text": "The city of Vienna is a capital."}, {"text": "Wien, Wien, nur du allein."}],
     }
     assert scored_answers(row, target, num_candidates=1) == expected
+
+
+@pytest.mark.parametrize("numbers", [1, 22, 10**6], ids=["a row", "two rows", "all rows"])
+def test_log_probabilities_in_slices_have_the_gradient_of_log_softmax(
+    numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the rows are sliced, of rows that several tokens share, or none; by finite differences too."""
+    monkeypatch.setitem(TokenLogps.SLICE, "cpu", numbers)
+    logits = torch.randn(7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    places, targets = torch.tensor([[0, 3, 3, 3, 6, 1], [1, 2, 2, 5, 10, 0]])
+    weights = torch.arange(1.0, 7.0, dtype=torch.float64)
+    logps = TokenLogps.apply(logits, places, targets, 1.7)
+    expected = torch.log_softmax(logits / 1.7, dim=-1)[places, targets]
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-12)
+    actual, reference = (torch.autograd.grad(weights @ values, logits)[0] for values in (logps, expected))
+    torch.testing.assert_close(actual, reference, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda rows: TokenLogps.apply(rows, places, targets, 1.7), logits)
+
+
+def test_log_probabilities_of_bfloat16_are_computed_in_float32() -> None:
+    """A probable token's gradient, 1 - p, would vanish if p were subtracted in bfloat16."""
+    logits = torch.tensor([[9.0, 0.0, 1.0]], dtype=torch.bfloat16, requires_grad=True)
+    place = torch.zeros(1, dtype=torch.long)
+    logps = TokenLogps.apply(logits, place, place, 1.0)
+    expected = torch.log_softmax(logits.detach().float(), dim=-1)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps[0], expected[0, 0])
+    [grad] = torch.autograd.grad(logps.sum(), logits)
+    torch.testing.assert_close(grad[0, 0].float(), 1 - expected[0, 0].exp(), rtol=2**-8, atol=0)  # one rounding
