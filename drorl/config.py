@@ -112,6 +112,11 @@ class DROConfig(DROSettings, GRPOConfig):
             negligible, which is less work when few of the m are. 0 is exact, in one pass.
         generator_learning_rate (`float`, *optional*): default: `learning_rate`, which is the selector's.
 
+    Args: Parameters that control the watch
+        on_unhealthy (`str`, *optional*, defaults to `"warn"`): what happens when the log shows that training goes
+            wrong, see [`health`]: `"warn"` says once what to do, `"stop"` saves and ends the run with an
+            [`~errors.UnhealthyError`], `"ignore"` does not look, nor measures `generator/reads_context`.
+
     Args: Parameters that control evaluation
         metric_preset (`str`, *optional*, defaults to `"kilt"`): whose exact match and F1, see [`metrics.PRESETS`].
     """

@@ -11,3 +11,7 @@ class InvalidInputError(UserError, ValueError):
 
 class DivergedError(UserError):
     """A model's probabilities are no numbers any more."""
+
+
+class UnhealthyError(UserError):
+    """A run that `on_unhealthy="stop"` has ended."""

@@ -60,6 +60,7 @@ class DROSettings(PipelineSettings):
     min_importance_weight: float = _setting(0.0, "Permutations of a smaller weight do not train the generator.")
     max_tokens_per_forward: int | None = _setting(None, "Bound on the distinct tokens of a forward pass.")
     generator_learning_rate: float | None = _setting(None, "Learning rate of the generator; default: learning_rate.")
+    on_unhealthy: str = _setting("warn", "What a sign of ill health does to a run.", ("warn", "stop", "ignore"))
     metric_preset: str = _setting("kilt", "Whose exact match and F1 an evaluation reports.", tuple(PRESETS))
 
 

@@ -11,6 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -19,6 +20,8 @@ from .checkpoints import AtomicCheckpoints
 from .engines.base import EngineError
 from .engines.sampler import EngineSampler
 from .evaluation import Record, aggregate, evaluate_rows
+from .health import HealthCallback, probe_interval, reads_context
+from .losses import Weighting
 from .pipeline import RAGPipeline
 from .ppo import moments_of
 from .rollouts import Question, Rollout
@@ -52,6 +55,27 @@ class TwoRoleTrainer(AtomicCheckpoints):
     pipeline: RAGPipeline
     sampler: EngineSampler | None
     last_records: list[Record]
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.health = HealthCallback(self.args)
+        if self.args.on_unhealthy != "ignore":
+            self.add_callback(self.health)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in `transformers.Trainer`.
+
+        Raises:
+            UnhealthyError: with `on_unhealthy="stop"`, if the run was stopped; it is saved.
+        """
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.health.check(self.state)
+        return output
 
     def _prepared(self, generator_model: PeftModel) -> PeftModel:
         """Does for a separate generator what TRL and the Trainer do for `model` only."""
@@ -131,6 +155,16 @@ class TwoRoleTrainer(AtomicCheckpoints):
             rollout.seen["counted"] = torch.ones(())
         counted = self.accelerator.reduce(moments_of(rewards[new.to(rewards.device)]), "sum")
         return self.pipeline.critic.standardised(rewards, counted)
+
+    def _watched(
+        self, rollouts: list[Rollout], generator_logps: torch.Tensor, weighting: Weighting
+    ) -> dict[str, torch.Tensor]:
+        """Returns the metrics of a batch's weights, and now and then whether the generator reads its passages."""
+        if self.args.on_unhealthy == "ignore" or (self.state.global_step + 1) % probe_interval(self.args):
+            return dict(weighting.metrics)
+        asked = self.train_dataset, self.state.global_step
+        gain = reads_context(self.pipeline, rollouts, generator_logps, weighting.prior_weights, *asked)
+        return {**weighting.metrics, "generator/reads_context": gain}
 
     def _log_means(self, metrics: Mapping[str, torch.Tensor | float]) -> None:
         """Logs each scalar's mean over processes."""

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 
 # Before any import of these libraries, which read them once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("TRACKIO_DIR", os.path.join(tempfile.gettempdir(), "drorl-tests-trackio"))
 
 from collections.abc import Callable
 from pathlib import Path

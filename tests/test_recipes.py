@@ -215,6 +215,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(recipe, flags, monkeypatch, caplo
         assert re.search(message, caplog.text)
 
 
+def test_an_unhealthy_run_is_saved_and_exits_with_2(recipe, flags, tmp_path, monkeypatch, caplog):
+    """With `on_unhealthy: stop` weights that are all on one sample end the run: one line, and a checkpoint."""
+    given = ["--max_steps", "22", "--weight_temperature", "0.01", "--save_steps", "50", "--on_unhealthy", "stop"]
+    monkeypatch.setattr(sys, "argv", ["nq.py", *map(str, flags), *given])
+    assert recipe.run() == 2
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert re.search(r"stopped at step 20; the run is saved in .*checkpoint-20\. effective_sample_size", line)
+    assert (tmp_path / "run/checkpoint-20/selector").is_dir()
+
+
 def test_a_bad_row_is_named_before_anything_runs(recipe, flags, monkeypatch, caplog, tmp_path):
     """A row without answers stops the recipe at the start, with its number and field."""
     lines = (tmp_path / "train.jsonl").read_text().splitlines()

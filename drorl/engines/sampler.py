@@ -27,8 +27,6 @@ from .delivery import Adapter, base_fingerprint, base_folder
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
-_WARN = 0.2  # of the gap at which a run stops
-_WARN_FLOAT32 = 0.01  # nats; engine and trainer differ by some 1e-5 there
 
 
 def choose_backend(config: DROConfig, processes: int = 1) -> tuple[str, str]:
@@ -272,15 +270,11 @@ class EngineSampler:
 
     def _judge(self, mean: float, peak: float) -> None:
         limit = self.config.max_sampling_logp_difference
-        warn = _WARN_FLOAT32 if self.pipeline.model.dtype == torch.float32 else _WARN * limit
-        if mean <= min(warn, limit):
-            return
-        text = f"vLLM's log-probabilities are {mean:.3g} nats from the trainer's on average, at most {peak:.3g}"
-        if not mean <= limit:
+        if not mean <= limit:  # below it, `health` warns
             raise EngineError(
-                f"{text}, per decision: not the policy that is being trained. max_sampling_logp_difference is {limit}"
+                f"vLLM's log-probabilities are {mean:.3g} nats from the trainer's on average, at most {peak:.3g}, per "
+                f"decision: not the policy that is being trained. max_sampling_logp_difference is {limit}"
             )
-        logger.warning(f"{text}, per decision")
 
     def close(self) -> None:
         """Stops the engine, or gives the server back."""
