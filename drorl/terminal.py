@@ -16,6 +16,12 @@ from .statistics import Interval
 if TYPE_CHECKING:
     from .inspection import Weighed
     from .pipeline import Answer
+    from .plan import Plan
+
+_PREDICTED = {
+    "cpu": "Predicted. Peaks of steps on a CPU were within 15 % of it (tests/test_plan.py).",
+    "cuda": "A prediction that nobody has measured: memory was compared with steps on a CPU, and no GPU ran this.",
+}
 
 
 def _table(*columns: str) -> Table:
@@ -91,3 +97,33 @@ def scores_view(count: int, scores: Mapping[str, tuple[Interval, int]]) -> Rende
         _add(table, name, f"{scale * interval.mean:.2f}{unit}", f"{low} to {high}" if n > 1 else "-", n)
     table.title = Text(f"{count:,} questions")
     return table
+
+
+def plan_view(plan: "Plan", advice: "Plan | None", flops: float) -> RenderableType:
+    """Returns the predicted memory by part, the time of a step, and the settings that fit."""
+    parts = _table("memory of one device", "GiB", "")
+    moment, peak = plan.peak
+    alive = {*plan.fixed, *plan.moments[moment]}
+    for name, size in (plan.fixed | plan.passing).items():
+        if size:
+            _add(parts, name, f"{size / 2**30:.2f}", "" if name in alive else "at another moment")
+    fits = "fits" if plan.fits else "does NOT fit"
+    _add(
+        parts,
+        Text("peak", style="bold"),
+        f"{peak / 2**30:.2f}",
+        f"{moment}; {fits} {plan.settings.memory / 2**30:.0f}",
+    )
+    ways = _table(
+        "per_device_train_batch_size", "max_tokens_per_forward", "gradient_checkpointing", "GiB", "s / query"
+    )
+    for way in [*plan.alternatives(plan.settings.num_queries), *([advice] if advice else [])]:
+        s, mark = way.settings, "→ " if way is advice else ""
+        seconds = f"{way.seconds(flops) / s.num_queries:.2f}"
+        cells = s.per_device_train_batch_size, s.max_tokens_per_forward or "none", s.gradient_checkpointing
+        _add(ways, f"{mark}{cells[0]}", *cells[1:], f"{way.peak[1] / 2**30:.1f}{'' if way.fits else ' ✗'}", seconds)
+    work = plan.record(flops)
+    tokens = "{selector:,} + {generator:,} distinct tokens".format(**work["tokens"])
+    step = f"a step: {work['operations'] / 1e12:.1f} TFLOP, {work['seconds']:.2f} s; {tokens}, selector + generator"
+    found = "→ recommended" if advice else "nothing fits: a smaller model, fewer or shorter passages, a lower lora_r"
+    return Group(parts, Text(step), ways, Text(found), Text(_PREDICTED[plan.settings.device], style="dim"))
