@@ -1,16 +1,21 @@
 r"""Compares the memory that `drorl plan` predicts with what training steps take, on a CPU.
 
-    python benchmarks/memory.py                    # every case, each in a process of its own; a table of JSON lines
-    python benchmarks/memory.py --case demo        # one, in this process
+    python benchmarks/memory.py                    # every case, a line of JSON each
+    python benchmarks/memory.py --case demo --heap default
 
 A case is a model, settings and rows; the plan knows the model's configuration and the mean lengths of the rows,
 nothing of what is drawn. `step` is what two steps add to the process at their peak (VmHWM, put back before them),
 `process` all of it. Peaks are read where the kernel keeps them: Linux only.
+
+The plan counts tensors. glibc keeps much of what was freed in holes of its heap, where it does not fit what comes
+next: with `--heap default` that is part of what is measured, with `returned` every larger tensor has pages of its own,
+which go back to the system when it is freed.
 """
 
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,12 +33,17 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from drorl import DROConfig, DROTrainer
 from drorl.adapters import add_adapters
 from drorl.data.vitalqa import load_vitalqa
+from drorl.footprint import GIB, ModelShape, PlanSettings
 from drorl.models import build_smollm2, load_model_and_tokenizer, measure_gflops
-from drorl.plan import GIB, ModelShape, Plan, PlanSettings
+from drorl.plan import Plan
 from drorl.workload import Lengths, Sizes
 
 DEMO = Path(__file__).parents[1] / "recipes" / "configs" / "nq_demo.yaml"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+HEAPS = {
+    "default": {},
+    "returned": {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"},  # otherwise they grow
+}
 STEPS = 2  # in the second one the optimizer's moments are there from the beginning
 
 
@@ -175,16 +185,23 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
+def run(case: str, heap: str) -> dict[str, Any]:
+    """Measures a case in a process of its own."""
+    command = [sys.executable, __file__, "--case", case, "--here"]
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | HEAPS[heap]
+    ).stdout
+    return {"case": case, "heap": heap, **json.loads(output.splitlines()[-1])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--case", choices=[*CASES])
-    case = parser.parse_args().case
-    if case:
-        print(json.dumps(measure(CASES[case])))
-        return
-    for name in CASES:
-        run = subprocess.run([sys.executable, __file__, "--case", name], check=True, capture_output=True, text=True)
-        print(name, run.stdout.strip().splitlines()[-1])
+    parser.add_argument("--case", choices=[*CASES], action="append", help="default: all")
+    parser.add_argument("--heap", choices=[*HEAPS], default="returned")
+    parser.add_argument("--here", action="store_true", help="in this process, with its heap")
+    args = parser.parse_args()
+    for case in args.case or CASES:
+        print(json.dumps(measure(CASES[case]) if args.here else run(case, args.heap)), flush=True)
 
 
 if __name__ == "__main__":

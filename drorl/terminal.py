@@ -114,16 +114,17 @@ def plan_view(plan: "Plan", advice: "Plan | None", flops: float) -> RenderableTy
         f"{peak / 2**30:.2f}",
         f"{moment}; {fits} {plan.settings.memory / 2**30:.0f}",
     )
-    ways = _table(
-        "per_device_train_batch_size", "max_tokens_per_forward", "gradient_checkpointing", "GiB", "s / query"
-    )
-    for way in [*plan.alternatives(plan.settings.num_queries), *([advice] if advice else [])]:
-        s, mark = way.settings, "→ " if way is advice else ""
-        seconds = f"{way.seconds(flops) / s.num_queries:.2f}"
-        cells = s.per_device_train_batch_size, s.max_tokens_per_forward or "none", s.gradient_checkpointing
-        _add(ways, f"{mark}{cells[0]}", *cells[1:], f"{way.peak[1] / 2**30:.1f}{'' if way.fits else ' ✗'}", seconds)
+    names = ["at once", "in turn", "recomputed", *(["advice"] if advice else [])]
+    records = [
+        way.record(flops) for way in [*plan.alternatives(plan.settings.num_queries), *([advice] if advice else [])]
+    ]
+    ways = _table("", *names)
+    for name in records[0]["settings"]:
+        _add(ways, name, *("none" if r["settings"][name] is None else r["settings"][name] for r in records))
+    _add(ways, "peak, GiB", *(f"{r['peak'] / 2**30:.1f}{'' if r['fits'] else ' ✗'}" for r in records))
+    _add(ways, "queries a second", *(f"{r['queries_per_second']:.2f}" for r in records))
     work = plan.record(flops)
     tokens = "{selector:,} + {generator:,} distinct tokens".format(**work["tokens"])
     step = f"a step: {work['operations'] / 1e12:.1f} TFLOP, {work['seconds']:.2f} s; {tokens}, selector + generator"
-    found = "→ recommended" if advice else "nothing fits: a smaller model, fewer or shorter passages, a lower lora_r"
-    return Group(parts, Text(step), ways, Text(found), Text(_PREDICTED[plan.settings.device], style="dim"))
+    nothing = [] if advice else [Text("nothing fits: take a smaller model, or fewer or shorter passages")]
+    return Group(parts, Text(step), ways, *nothing, Text(_PREDICTED[plan.settings.device], style="dim"))

@@ -8,6 +8,7 @@ that has learned draws equal ones more often, and encodes less.
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, count
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ class Lengths:
     """The generator's prompt without passages."""
     tail: int = 8
     """What of that stands after the passages, where contexts no longer share it."""
+    alone: int = 6
+    """What of the selector's prompt stands after a passage that it reads alone."""
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], prompts: "PromptBuilder", num_candidates: int) -> "Lengths":
@@ -53,11 +56,10 @@ def _lengths_of(row: Mapping[str, Any], prompts: "PromptBuilder", candidates: Se
     bare, n = prompts.generator(query, []), len(candidates)
     alone = [prompts.generator(query, [c]) for c in candidates]
     passage = fmean(map(len, alone)) - len(bare)
-    pairs = zip(reversed(bare), reversed(alone[0]), strict=False)
     prompt = prompts.selector(query, candidates)
     marker = len(prompt.slate.first_ids[0]) + 1 if prompts.identifiers in ("number", "letter") else 0
-    asked = [len(ids) for ids, _ in prompt.queries]
-    selector = fmean(asked) - passage if asked else len(prompt.ids) - n * (passage + marker)
+    asked = [ids for ids, _ in prompt.queries]
+    selector = fmean(map(len, asked)) - passage if asked else len(prompt.ids) - n * (passage + marker)
     return {
         "passage": passage,
         "marker": marker,
@@ -65,8 +67,14 @@ def _lengths_of(row: Mapping[str, Any], prompts: "PromptBuilder", candidates: Se
         "answer": len(prompts.answer(row["answers"][0])),
         "selector": selector,
         "generator": len(bare),
-        "tail": next((i for i, (a, b) in enumerate(pairs) if a != b), 0),
+        "tail": _same_at_the_end(bare, alone[0]),
+        "alone": _same_at_the_end(asked[0], asked[-1]) if asked else 0,
     }
+
+
+def _same_at_the_end(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = enumerate(zip(reversed(first), reversed(second), strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,7 @@ class Work:
         return max(sum(p.tokens for p in self.selector), self.generator.tokens)
 
 
+@cache
 def work_of(sizes: Sizes, lengths: Lengths, num_queries: int = 1, keep: bool = True, device: str = "cpu") -> Work:
     """Returns what a step encodes.
 
@@ -210,10 +219,8 @@ class _Query:
 
     def asked_after(self, prefix: Permutation) -> Iterator[tuple[list[int], list[int]]]:
         """Each passage that is left, alone, and the query after it, expanded by what was chosen."""
-        head, tail = (
-            list(range(10, 10 + self.lengths.selector - self.lengths.tail)),
-            list(range(500, 500 + self.lengths.tail)),
-        )
+        length = self.lengths
+        head, tail = list(range(10, 10 + length.selector - length.alone)), list(range(500, 500 + length.alone))
         chosen = list(chain.from_iterable(self._passages[i] for i in prefix))
         expanded = chosen if self.sizes.identifiers == "expanded_query" else []
         for i, passage in enumerate(self._passages):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CITIES
 from peft import LoraConfig
 from test_work import encoded_tokens
 from torch import nn
@@ -20,8 +21,9 @@ from drorl.adapters import add_adapters
 from drorl.backends import backend_of
 from drorl.cli import app
 from drorl.errors import InvalidInputError
+from drorl.footprint import GIB, ModelShape, PlanSettings, activation_bytes, adapter_size
 from drorl.likelihood import PromptStates
-from drorl.plan import GIB, ModelShape, Plan, PlanSettings, activation_bytes, adapter_size
+from drorl.plan import Plan
 from drorl.trainer import DROTrainer
 from drorl.tree import TokenTree
 from drorl.workload import Lengths, Pass, Sizes, work_of
@@ -30,6 +32,7 @@ REPOSITORY = Path(__file__).parent.parent
 LLAMA = str(REPOSITORY / "docs" / "llama-3-8b.json")
 ALL = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 RANK, LAYERS = 3, 10
+FIRST_CHOICES = {"proposal": "first_choices", "num_generations": 6, "per_device_train_batch_size": 12}
 run = CliRunner().invoke
 
 
@@ -128,19 +131,34 @@ def test_another_architecture_is_refused() -> None:
         ModelShape.of(GPT2Config(n_layer=1))
 
 
-@pytest.mark.parametrize("settings", [{"identifiers": "number"}, {"identifiers": "query"}, {"num_selected": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"identifiers": "number"},
+        {"identifiers": "title"},
+        {"identifiers": "query", "num_selected": 1},
+        {"identifiers": "expanded_query"},
+    ],
+)
 def test_a_step_encodes_what_was_planned(make_trainer: Callable[..., DROTrainer], rows: Any, settings: dict) -> None:
-    """The tokens of the passes of a real step, to 5 %: rows differ in length, and permutations are drawn at random."""
-    trainer = make_trainer(train_rows=rows(8, 6), max_steps=1, **settings)
+    """The tokens of the passes of a real step, to 7 %: rows differ in length, and an expansion has no title.
+
+    With every first choice there is little left of what is drawn to chance.
+    """
+    given = rows(8, 6)
+    for row in given:
+        for i, candidate in enumerate(row["candidates"]):
+            candidate["text"] = " ".join(f"{(7 * i + j) % 90}{CITIES[(i * j) % 12]}" for j in range(12))
+    trainer = make_trainer(train_rows=given, max_steps=1, **FIRST_CHOICES, **settings)
     args, prompts = trainer.args, trainer.pipeline.prompts
     passes = encoded_tokens(trainer.model)
     trainer.train()
-    lengths = Lengths.of(rows(8, 6), prompts, args.num_candidates)
+    lengths = Lengths.of(given, prompts, args.num_candidates)
     sizes = Sizes(args.num_candidates, args.num_selected, args.num_generations, args.identifiers, args.proposal)
-    work = work_of(sizes, lengths, num_queries=2)
+    work = work_of(sizes, lengths, num_queries=args.per_device_train_batch_size // args.num_generations)
     drawn = sum(p.tokens for p in work.selector[1:])  # once without a graph, once with one
     predicted = sum(p.tokens for p in work.selector) + drawn + work.generator.tokens
-    assert predicted == pytest.approx(sum(passes), rel=0.05)
+    assert predicted == pytest.approx(sum(passes), rel=0.07)
 
 
 def test_memory_is_spent_on_speed(llama: ModelShape) -> None:
@@ -213,6 +231,25 @@ def test_what_plan_cannot_know_is_asked_for() -> None:
     with pytest.raises(InvalidInputError, match="no/such names no configuration of a model") as error:
         run(app, ["plan", "--model", "no/such", "--tflops", "1"], catch_exceptions=False)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "needed"),
+    [
+        ({"sizes": Sizes(identifiers="colour")}, "identifiers: one of number"),
+        ({"sizes": Sizes(4, 5)}, "num_selected: at most num_candidates"),
+        ({"sizes": Sizes(proposal="none")}, "proposal: one of policy"),
+        ({"sizes": Sizes(proposal="first_choices")}, "num_generations = num_candidates"),
+        ({"sizes": Sizes(proposal="retriever")}, "num_generations = 1"),
+        ({"per_device_train_batch_size": 12}, "a multiple of num_generations"),
+        ({"generator_objective": "sft"}, "generator_objective: dro, elbo or none"),
+        ({"lora_target_modules": ["qkv"]}, "lora_target_modules: of down_proj"),
+    ],
+)
+def test_what_a_trainer_would_refuse_is_refused(wrong: dict[str, Any], needed: str) -> None:
+    """And what the formulas do not cover; every other setting is in order."""
+    with pytest.raises(InvalidInputError, match=f"^[^;]*{needed}[^;]*$"):
+        PlanSettings(**wrong)
 
 
 @pytest.mark.slow

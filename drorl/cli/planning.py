@@ -55,7 +55,8 @@ def plan(
 
     from rich.console import Console
 
-    from ..plan import GIB, ModelShape, Plan, PlanSettings
+    from ..footprint import GIB, ModelShape, PlanSettings
+    from ..plan import Plan
     from ..terminal import plan_view
     from ..workload import Lengths, Sizes
 
