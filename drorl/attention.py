@@ -21,7 +21,7 @@ TREE_ATTENTION = "drorl_tree"
 # What a model may hand to its attention besides queries, keys and values, and `tree_attention` knows how to treat.
 _KNOWN = {"dropout", "scaling", "sliding_window", "position_ids", "use_cache", "cache_position", "is_causal"}
 
-_MAX_PAIRS_AS_PRODUCTS = 1 << 19  # beyond, what has to be kept for the backward pass no longer fits into the caches
+MAX_PAIRS_AS_PRODUCTS = 1 << 19  # beyond, what has to be kept for the backward pass no longer fits into the caches
 
 
 class Layout:
@@ -129,7 +129,7 @@ def _attend(
 ) -> torch.Tensor:
     """Returns softmax(scale q k^T + mask) v, `(1, heads, n, d)`; causal where there is no mask."""
     pairs = query.shape[2] * key.shape[2]
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and pairs <= _MAX_PAIRS_AS_PRODUCTS:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and pairs <= MAX_PAIRS_AS_PRODUCTS:
         return _as_products(query, key, value, mask, scale)
     groups = query.shape[1] // key.shape[1]
     if mask is not None and query.device.type != "cpu":  # PyTorch's fast kernels there take groups or a mask, not both

@@ -16,6 +16,12 @@ from .statistics import Interval
 if TYPE_CHECKING:
     from .inspection import Weighed
     from .pipeline import Answer
+    from .plan import Plan
+
+_PREDICTED = {
+    "cpu": "Predicted. Peaks of steps on a CPU were within 15 % of it (tests/test_plan.py).",
+    "cuda": "A prediction that nobody has measured: memory was compared with steps on a CPU, and no GPU ran this.",
+}
 
 
 def _table(*columns: str) -> Table:
@@ -91,3 +97,34 @@ def scores_view(count: int, scores: Mapping[str, tuple[Interval, int]]) -> Rende
         _add(table, name, f"{scale * interval.mean:.2f}{unit}", f"{low} to {high}" if n > 1 else "-", n)
     table.title = Text(f"{count:,} questions")
     return table
+
+
+def plan_view(plan: "Plan", advice: "Plan | None", flops: float) -> RenderableType:
+    """Returns the predicted memory by part, the time of a step, and the settings that fit."""
+    parts = _table("memory of one device", "GiB", "")
+    moment, peak = plan.peak
+    alive = {*plan.fixed, *plan.moments[moment]}
+    for name, size in (plan.fixed | plan.passing).items():
+        if size:
+            _add(parts, name, f"{size / 2**30:.2f}", "" if name in alive else "at another moment")
+    fits = "fits" if plan.fits else "does NOT fit"
+    _add(
+        parts,
+        Text("peak", style="bold"),
+        f"{peak / 2**30:.2f}",
+        f"{moment}; {fits} {plan.settings.memory / 2**30:.0f}",
+    )
+    names = ["at once", "in turn", "recomputed", *(["advice"] if advice else [])]
+    records = [
+        way.record(flops) for way in [*plan.alternatives(plan.settings.num_queries), *([advice] if advice else [])]
+    ]
+    ways = _table("", *names)
+    for name in records[0]["settings"]:
+        _add(ways, name, *("none" if r["settings"][name] is None else r["settings"][name] for r in records))
+    _add(ways, "peak, GiB", *(f"{r['peak'] / 2**30:.1f}{'' if r['fits'] else ' ✗'}" for r in records))
+    _add(ways, "queries a second", *(f"{r['queries_per_second']:.2f}" for r in records))
+    work = plan.record(flops)
+    tokens = "{selector:,} + {generator:,} distinct tokens".format(**work["tokens"])
+    step = f"a step: {work['operations'] / 1e12:.1f} TFLOP, {work['seconds']:.2f} s; {tokens}, selector + generator"
+    nothing = [] if advice else [Text("nothing fits: take a smaller model, or fewer or shorter passages")]
+    return Group(parts, Text(step), ways, *nothing, Text(_PREDICTED[plan.settings.device], style="dim"))

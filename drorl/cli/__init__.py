@@ -3,7 +3,7 @@
 import sys
 
 from ..errors import UserError
-from . import asking, data, retrieval, runs  # noqa: F401 (each adds its commands)
+from . import asking, data, planning, retrieval, runs  # noqa: F401 (each adds its commands)
 from .app import app
 
 __all__ = ["app", "main"]
