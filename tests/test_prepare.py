@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import zstandard
 from processes import kill_once
+from records import WHOLE
 from typer.testing import CliRunner
 
 from drorl.cli import app
 from drorl.data import prepare
+from drorl.data.formats import ROWS
+from drorl.data.load import load_rows
 from drorl.data.prepare import Prepared, write_rows
 from drorl.data.reading import Reading
+from drorl.data.rows import RowError
 from drorl.data.shards import Shards
 from drorl.errors import InvalidInputError
 
@@ -56,6 +60,29 @@ def test_rows_are_counted_and_packed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def _unpacked(data: bytes) -> bytes:
     return zstandard.ZstdDecompressor().stream_reader(data).read()
+
+
+@pytest.mark.parametrize("name", sorted(name for name, known in ROWS.items() if not known.has_answers))
+def test_rows_without_answers_are_read_again(name: str, tmp_path: Path) -> None:
+    """What has no answers is prepared, and read as it was written: to be retrieved for, looked at, answered. Training
+    and an evaluation refuse it, and so does everybody answers of which none is left."""
+    bare = [{**row, "answers": []} for row in WHOLE["drorl"]]
+    records, source = bare if name == "drorl" else WHOLE[name], tmp_path / "in.jsonl"
+    if name == "topics":
+        source = tmp_path / "in.tsv"
+        source.write_text("".join("\t".join(cells) + "\n" for cells in records))
+    else:
+        source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    output = tmp_path / "rows.jsonl"
+    assert write_rows(Reading(source, format=name), output, quiet=True).rows == 2
+    again = Reading(output)
+    assert list(again) == list(Reading(source, format=name)) == list(map(json.loads, output.open()))
+    assert again.format == "drorl" and not any(row["answers"] for row in again)
+    with pytest.raises(RowError, match="row 1, field 'answers': no answer that is not blank"):
+        load_rows(str(output))
+    output.write_text(json.dumps({**WHOLE["drorl"][0], "answers": [" "]}))
+    with pytest.raises(RowError, match="row 1, field 'answers': no answer that is not blank"):
+        list(Reading(output))
 
 
 def test_a_key_that_has_changed_begins_anew(tmp_path: Path) -> None:
@@ -163,6 +190,8 @@ def test_beir_and_trec(tmp_path: Path) -> None:
     wanted = {"id": "d2", "title": "T2", "text": "Text 2.", "score": 7.5, "rank": 1, "is_gold": True}
     assert rows[0]["candidates"][0] == wanted
     assert rows[0]["candidates"][1]["is_gold"] is False
+
+    assert [row["metadata"] for row in rows] == [{"gold_ids": ["d2"]}, {}, {}]
 
     alone = ["prepare", "--input", str(tmp_path / "topics.tsv"), "--qrels", str(tmp_path / "qrels")]
     assert run(app, [*alone, "--output", str(tmp_path / "x")]).exit_code == 2  # they mark a run's candidates

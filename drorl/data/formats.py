@@ -79,10 +79,13 @@ def drorl_row(record: Row) -> Row:
         score = score_of(item)
         texts = {"title": text_of(item, "title", ""), "text": text_of(item, "text")}
         candidates.append(item | texts | ({} if score is None else {"score": score}))
+    answers = answers_of(record.get("answers"), "answers")
+    if record["answers"] and not answers:
+        raise Problem("answers", "no answer that is not blank")
     return {
         "id": record.get("id"),
         "query": text_of(record, "query"),
-        "answers": answers_of(record.get("answers"), "answers"),
+        "answers": answers,
         "candidates": candidates,
         "metadata": {**(record.get("metadata") or {}), **more},
     }
@@ -328,6 +331,7 @@ class Format:
     fields: frozenset[str]
     read: Callable[..., Row]
     has_answers: bool = True
+    """Whether a row without any is not whole."""
     quoted: bool = True
     """Of a table: whether a cell may stand in quotes."""
 
@@ -341,7 +345,7 @@ def _format(fields: str, read: Callable[..., Row], has_answers: bool = True) -> 
 
 
 ROWS: dict[str, Format] = {  # the first that fits is taken: what has more fields stands before what has fewer
-    "drorl": _format("query answers candidates", drorl_row),
+    "drorl": _format("query answers candidates", drorl_row, has_answers=False),  # those of a question alone are none
     "dpr-retriever": _format("question answers ctxs", dpr_retriever_row),
     "dpr": _format("question answers positive_ctxs", dpr_row),
     "2wiki": _format("question answer context supporting_facts evidences", hotpotqa_row),

@@ -19,7 +19,7 @@ from .shards import Shards, only_one
 
 SHARD_ROWS = 2_000
 FLASHRAG_2WIKI = 15_000
-VERSION = 2
+VERSION = 3
 """Raised when a reader makes other rows of the same file."""
 
 

@@ -35,7 +35,7 @@ class Reading:
         split (`str`): of a BEIR folder or a data set.
         num_selected (`int`): a row with fewer candidates is not whole.
         need_scores (`bool`): nor is one of which a candidate has no score.
-        need_answers (`bool`): nor is one without answers, of a format that has none.
+        need_answers (`bool`): nor is one without answers, of a format that need not have any.
         start (`int`): so many records are passed over, and not looked at.
         skipped (`Counter`): how many records were left out, and why.
         number (`int`): of the last record that was read, from 1.
