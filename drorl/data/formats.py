@@ -63,7 +63,7 @@ def _paragraphs(context: object, gold: Sequence[str]) -> list[Row]:
     for title, sentences in pairs:
         if not isinstance(title, str) or not isinstance(sentences, list):
             raise Problem("context", "no title with its sentences", [title, sentences])
-        text = " ".join(str(sentence).strip() for sentence in sentences).strip()
+        text = " ".join(text_of({"context": sentence}, "context").strip() for sentence in sentences).strip()
         if text:  # HotpotQA has empty paragraphs
             found.append(candidate(title, text, is_gold=title in gold if gold else None))
     return found

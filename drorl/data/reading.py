@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from drorl.errors import InvalidInputError
 
-from .fields import LeftOut, Problem, Row, list_of
+from .fields import LeftOut, Problem, Row, list_of, refuse_unwritable
 from .files import Record, records
 from .formats import PASSAGES, ROWS, Format, format_of
 from .hub import dataset_records, is_dataset, open_dataset
@@ -128,7 +128,10 @@ class Reading:
             if not isinstance(record, list if table else dict):
                 raise Problem("", f"no record of the format {self.format}", record)
             try:
-                return read(record)
+                row = read(record)
+                for name, value in row.items():
+                    refuse_unwritable(name, value)
+                return row
             except Problem:
                 raise
             except (TypeError, AttributeError, LookupError, OverflowError, ValueError) as error:  # something in it is
