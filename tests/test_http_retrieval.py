@@ -25,6 +25,7 @@ from drorl.retrieval import http as client
 from drorl.retrieval.bm25 import BM25
 from drorl.retrieval.corpus import Corpus
 from drorl.retrieval.http import HTTPRetriever, RetrieverServerError
+from drorl.retrieval.retrievers import Place, open_retriever
 from drorl.retrieval.server import Limits, application, listen
 
 Handler = http.server.BaseHTTPRequestHandler
@@ -109,6 +110,22 @@ def test_every_form_in_use_is_read(answer: Any, read: dict[str, Any] | None) -> 
     with bad_server(saying(answer)) as url:
         assert asked(url) == [expected]
         assert asked(f"{url}/retrieve/") == [expected]
+
+
+@pytest.mark.parametrize(
+    "given", ["timeout=nan", "timeout=-1", "timeout=inf", "timeout=1e300", "batch_size=0", "batch_size=-5", "tries=0"]
+)
+def test_settings_that_cannot_be_are_refused(given: str) -> None:
+    """Before anybody is asked."""
+    name, value = given.split("=")
+    with pytest.raises(InvalidInputError, match="seconds above 0, and batch_size=.* are 1 at least"):
+        open_retriever("http", Place(None), {"url": "http://127.0.0.1:9", name: value})
+
+
+def test_the_longest_timeout_is_one() -> None:
+    """The clock of a socket takes it."""
+    with bad_server(saying(GOOD)) as url:
+        assert open_retriever("http", Place(None), {"url": url, "timeout": "9e9"}).search(["q"], 3) == [[READ]]
 
 
 # ------------------------------------------------------------------------------------------------------- bad servers

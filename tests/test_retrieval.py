@@ -167,6 +167,27 @@ def test_an_index_is_used_only_for_its_own_corpus(tmp_path: Path, monkeypatch: p
         BM25(other, tmp_path / "none")
 
 
+DAMAGED = ["passages.jsonl", "offsets.npy"]
+DAMAGED += [f"i/{name}" for name in ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy")]
+DAMAGED += ["i/vocab.index.json", "i/largest.npy", "i/params.index.json"]
+
+
+@pytest.mark.parametrize("left", [0, 0.5, 1], ids=["emptied", "cut", "gone"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_one_line(tmp_path: Path, name: str, left: float) -> None:
+    """A file of a corpus or an index that is cut, emptied or missing is said when it is opened, not in a search."""
+    folder = tmp_path / "c"
+    BM25.build(Corpus.build(passages(tmp_path / "p.jsonl", 30), folder), folder / "i")
+    path = folder / name
+    if left == 1:
+        path.unlink()
+    else:
+        os.truncate(path, int(path.stat().st_size * left))
+    with pytest.raises(InvalidInputError, match=r"is damaged \(.*\): delete it, and make it again") as said:
+        BM25(Corpus(folder), folder / "i")
+    assert "\n" not in str(said.value)
+
+
 def test_a_corpus_is_looked_at(tmp_path: Path) -> None:
     """No passages, an id that occurs twice (wherever), a text that is missing."""
     source = passages(tmp_path / "p.jsonl", 10)
@@ -360,6 +381,8 @@ def test_settings_are_read_by_their_types() -> None:
         ({"k1": "x"}, "k1='x' is no float"),
         ({"stop_words": "1"}, "stop_words='1' is no bool"),
         ({"b": "7"}, "b=7.0 lies between"),
+        ({"b": "nan"}, "b=nan lies between"),
+        ({"k1": "inf"}, "k1=inf is a number that is not negative"),
         ({"stemmer": "latin"}, "no stemmer 'latin'"),
     ):
         with pytest.raises(InvalidInputError, match=said):

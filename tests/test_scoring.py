@@ -288,6 +288,7 @@ def test_what_is_wrong_in_a_row_is_named(tmp_path: Path) -> None:
     """The file, the row, the field and what was seen; or it is skipped and counted."""
     row = {"prediction": "x", "answers": ["y"]}
     assert not scores(tmp_path, [{"supporting_facts": 5, **row}]).more  # with which nothing is compared
+    assert scores(tmp_path, [{"metadata": 5, "candidates": [{"text": "y"}], **row}]).more["recall@1"] == 1
     for more, message in (
         (
             {"supporting_facts": [["A", "0"]], "predicted_supporting_facts": []},

@@ -10,6 +10,7 @@ Source: Kamphuis et al., Which BM25 do you mean?, ECIR 2020, Table 1 (Lucene, ac
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ from drorl.data.shards import only_one
 from drorl.errors import InvalidInputError
 
 from .corpus import SHARD_PASSAGES, Corpus
-from .facts import read_facts, replace, write_facts
+from .facts import damage_named, read_facts, replace, write_facts
 from .retrievers import Place, settings_of
 
 _WORD = re.compile(r"(?u)\b\w\w+\b")  # bm25s's own
@@ -60,8 +61,10 @@ class BM25Settings:
     stop_words: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.k1 >= 0 and 0 <= self.b <= 1):
-            raise InvalidInputError(f"k1={self.k1} is not to be negative, and b={self.b} lies between 0 and 1")
+        if not (0 <= self.k1 < math.inf and 0 <= self.b <= 1):
+            raise InvalidInputError(
+                f"k1={self.k1} is a number that is not negative, and b={self.b} lies between 0 and 1"
+            )
         if self.stemmer is not None and self.stemmer not in algorithms():
             raise InvalidInputError(f"no stemmer {self.stemmer!r}; there are {', '.join(algorithms())}")
 
@@ -107,8 +110,9 @@ class BM25:
         if settings not in (None, self.settings):
             raise InvalidInputError(f"{folder} was made with {self.settings}: make it again with drorl index")
         self.key = f"bm25 {json.dumps(facts, sort_keys=True)}"
-        self._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
-        self._largest = np.load(folder / _LARGEST)
+        with damage_named(folder):
+            self._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+            self._largest = np.load(folder / _LARGEST)
 
     @classmethod
     def build(cls, corpus: Corpus, folder: Path, settings: BM25Settings | None = None) -> "BM25":

@@ -19,7 +19,7 @@ from drorl.data.rows import RowError
 from drorl.data.shards import Shards, only_one
 from drorl.errors import InvalidInputError
 
-from .facts import read_facts, replace, write_facts
+from .facts import damage_named, read_facts, replace, write_facts
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,12 @@ class Corpus:
         """Of the content: equal passages in equal order have equal keys."""
         self.skipped: Counter[str] = Counter(facts["skipped"])
         """How many records of the file were left out, and why."""
-        self._offsets = np.load(folder / _OFFSETS, mmap_mode="r")
-        self._file = (folder / _FILE).open("rb")  # read, not mapped: what is mapped counts as this process' memory
+        with damage_named(folder):
+            self._offsets = np.load(folder / _OFFSETS, mmap_mode="r")
+            self._file = (folder / _FILE).open("rb")  # read, not mapped: what is mapped counts as this process' memory
+            size, wanted = os.fstat(self._file.fileno()).st_size, int(self._offsets[-1])
+            if size != wanted:
+                raise ValueError(f"{_FILE} has {size:,} bytes of {wanted:,}")
 
     @classmethod
     def build(cls, source: Path, folder: Path, format: str = "auto", on_error: str = "fail") -> "Corpus":

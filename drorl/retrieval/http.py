@@ -254,6 +254,13 @@ class HTTPSettings:
     batch_size: int = 64
     tries: int = 5
 
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= threading.TIMEOUT_MAX or self.batch_size < 1 or self.tries < 1:
+            raise InvalidInputError(
+                f"timeout={self.timeout} is a number of seconds above 0, and batch_size={self.batch_size} and "
+                f"tries={self.tries} are 1 at least"
+            )
+
 
 def open_http(place: Place, given: Mapping[str, str]) -> HTTPRetriever:
     """Opens a server, which has its own corpus; see [`~drorl.retrieval.retrievers.open_retriever`]."""
