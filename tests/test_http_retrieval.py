@@ -142,6 +142,7 @@ def test_the_longest_timeout_is_one() -> None:
         (saying({"result": [[], []]}), "answers with 2 lists to 1 queries"),
         (saying({"result": ["text"]}), "query 1: no list of passages: 'text'"),
         (saying({"result": [GOOD["result"][0] * 4]}), "query 1: more than the 3 passages that were asked for: 4"),
+        (saying({"result": [GOOD["result"][0] * 2]}), "query 1: a passage that occurs twice: '7'"),
         (saying({"result": [[{"document": 5}]]}), "query 1, passage 1: document: no passage: 5"),
         (saying({"result": [[{"document": {"id": "7"}}]]}), "query 1, passage 1: contents: no text"),
         (saying({"result": [[{"document": {"text": " "}}]]}), "query 1, passage 1: text: empty"),

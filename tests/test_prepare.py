@@ -196,6 +196,9 @@ def test_beir_and_trec(tmp_path: Path) -> None:
     alone = ["prepare", "--input", str(tmp_path / "topics.tsv"), "--qrels", str(tmp_path / "qrels")]
     assert run(app, [*alone, "--output", str(tmp_path / "x")]).exit_code == 2  # they mark a run's candidates
 
+    (tmp_path / "run.trec").write_text("q1 Q0 d2 1 2.5 x\n3 Q0 d2 1 2 x\nq1 Q0 d2 2 1.5 x\n")
+    refused = run(app, ["prepare", "--output", str(tmp_path / "x"), *files])
+    assert "run.trec, row 3, field 'passage-id': 'd2' has been found for 'q1' before" in str(refused.exception)
     (tmp_path / "run.trec").write_text("q1 Q0 d9 1 2.5 x\n")
     refused = run(app, ["prepare", "--output", str(tmp_path / "x"), *files])
     assert "lacks 1 of 1 passages of the run, such as 'd9'" in str(refused.exception)

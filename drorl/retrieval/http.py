@@ -222,6 +222,9 @@ def _candidates(found: object, k: int, where: str) -> list[Row]:
             candidates.append(_candidate(item, rank))
         except Problem as problem:
             raise Problem(f"{where}, passage {rank}", str(problem)) from problem
+    names = [c["id"] for c in candidates]
+    if twice := next((name for rank, name in enumerate(names) if name in names[:rank]), None):
+        raise Problem(where, "a passage that occurs twice", twice)
     return candidates
 
 
