@@ -2,8 +2,12 @@
 
 import gzip
 import json
+import os
+import re
+import resource
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -154,10 +158,46 @@ def test_the_command_prepares_and_scores(tmp_path: Path) -> None:
         assert json.loads(done.stdout.splitlines()[-1]) == {"exact_match": expected[0], "f1": expected[1], "n": 4}
     spaced = run(app, ["score", "--input", str(path), "--json", "--punct", "space"])
     assert json.loads(spaced.stdout)["exact_match"] == 0.5
+    [strict] = run(app, ["score", "--input", str(path), "--json", "--hotpot-yesno"]).stdout.splitlines()
+    assert json.loads(strict) == {"exact_match": 0.25, "f1": 0.25, "n": 4}
+    path.write_text(json.dumps({"prediction": "b", "answers": ["c d", "b"]}))
+    for switches, expected in (([], 1), (["--first-answer-only"], 0)):
+        done = run(app, ["score", "--input", str(path), "--json", *switches])
+        assert json.loads(done.stdout) == {"exact_match": expected, "f1": expected, "n": 1}
     path.write_text('{"prediction": "x", "answers": "y"}\n')
     assert "row 1, field 'answers'" in str(run(app, ["score", "--input", str(path)]).exception)
     skipped = run(app, ["score", "--input", str(path), "--on-error", "skip", "--json"])
     assert json.loads(skipped.stdout) == {"exact_match": None, "f1": None, "n": 0}
+
+
+def test_half_of_2wiki_is_said(tmp_path: Path) -> None:
+    """FlashRAG's 2Wiki is known by its length and by its golds; another set of that length is whole."""
+    for golds, said in ((3, True), (0, False)):
+        prepared = Prepared("flashrag", 15_000, Counter(), 0, 20, golds)
+        assert ("has 15,000 training rows where the original has 167,454" in str(prepared)) is said
+    assert "167,454" not in str(Prepared("flashrag", 14_999, Counter(), 0, 20, 3))
+
+
+COMMAND = [sys.executable, "-c", "from drorl.cli import main; main()", "prepare", "--input"]
+
+
+def test_progress_goes_to_stderr(tmp_path: Path) -> None:
+    """On a terminal, which FORCE_COLOR makes of a pipe: stdout is for data."""
+    command = [*COMMAND, questions(tmp_path / "q.jsonl", 200), "--output", tmp_path / "rows", "--on-error", "skip"]
+    done = subprocess.run(command, env={**os.environ, "FORCE_COLOR": "1"}, capture_output=True, check=True)
+    assert done.stdout == b"" and b"q.jsonl: 180 rows" in done.stderr
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """An error of the system is no traceback: exit code 1, and what the system says."""
+    command = [*COMMAND, questions(tmp_path / "q.jsonl", 2000), "--output", tmp_path / "rows", "--on-error", "skip"]
+    full = subprocess.run(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
+    )
+    assert full.returncode == 1 and re.fullmatch(r"drorl: .*File too large.*\n", full.stderr), full.stderr
 
 
 def test_beir_and_trec(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Prepared:
         if self.without_candidates:
             parts.append(f"{self.without_candidates:,} rows have no candidates")
         parts += [f"skipped {count:,}: {kind}" for kind, count in self.skipped.most_common()]
-        if self.format == "flashrag" and self.rows == FLASHRAG_2WIKI:
+        if self.format == "flashrag" and self.rows == FLASHRAG_2WIKI and self.with_gold:  # other sets name none
             parts.append("FlashRAG's 2Wiki has 15,000 training rows where the original has 167,454")
         return "\n".join(parts)
 
