@@ -174,7 +174,7 @@ def test_the_authors_data(tmp_path: Path) -> None:
         ("A: B", "Not\nBo.", False),
         ("Bo Li", "Bo was here.", True),
     ]
-    assert row["id"] == "4"
+    assert row["id"] == "4" and row["metadata"] == {"gold_titles": ["Bo Li"]}
 
 
 def test_rankzephyrs_conversations(tmp_path: Path) -> None:

@@ -234,13 +234,14 @@ def dro_row(record: Row) -> Row:
         quoted = title.startswith('"') and title.endswith('"') and len(title) > 1
         return (title[1:-1] if quoted else title.removesuffix(".")), rest[0].strip()
 
-    gold = set(map(passage, list_of(record, "positive", [])))
+    gold = dict.fromkeys(map(passage, list_of(record, "positive", [])))
     found = dict.fromkeys(map(passage, list_of(record, "retrieval")))
     return {
         "id": record.get("query_id"),
         "query": text_of(record, "question"),
         "answers": answers_of(record.get("answer"), "answer"),
         "candidates": [candidate(*pair, is_gold=pair in gold) for pair in found],
+        "metadata": _golds("gold_titles", (title for title, _ in gold)),
     }
 
 
