@@ -170,12 +170,25 @@ def test_the_command_prepares_and_scores(tmp_path: Path) -> None:
     assert json.loads(skipped.stdout) == {"exact_match": None, "f1": None, "n": 0}
 
 
+def test_equal_ids_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of questions in any shard, packed or not; the rows stay, and it is said again when they are there already."""
+    monkeypatch.setattr(prepare, "SHARD_ROWS", 3)
+    names = ["a", "b", 7, "a", "c", "7", "a", "d"]
+    source = tmp_path / "q.jsonl"
+    source.write_text("".join(json.dumps({"id": name, "question": "who?", "answer": "Bo"}) + "\n" for name in names))
+    for output in ("rows.jsonl", "rows.jsonl.gz", "rows.jsonl"):
+        done = run(app, ["prepare", "--input", str(source), "--output", str(tmp_path / output)])
+        assert "8 rows (question)" in done.stderr and "warning: 3 rows have the id of an earlier row" in done.stderr
+    source.write_text(json.dumps({"id": "a", "question": "who?", "answer": "Bo"}))
+    assert "warning" not in run(app, ["prepare", "--input", str(source), "--output", str(tmp_path / "one")]).stderr
+
+
 def test_half_of_2wiki_is_said(tmp_path: Path) -> None:
     """FlashRAG's 2Wiki is known by its length and by its golds; another set of that length is whole."""
     for golds, said in ((3, True), (0, False)):
-        prepared = Prepared("flashrag", 15_000, Counter(), 0, 20, golds)
+        prepared = Prepared("flashrag", 15_000, Counter(), 0, 20, golds, 0)
         assert ("has 15,000 training rows where the original has 167,454" in str(prepared)) is said
-    assert "167,454" not in str(Prepared("flashrag", 14_999, Counter(), 0, 20, 3))
+    assert "167,454" not in str(Prepared("flashrag", 14_999, Counter(), 0, 20, 3, 0))
 
 
 COMMAND = [sys.executable, "-c", "from drorl.cli import main; main()", "prepare", "--input"]

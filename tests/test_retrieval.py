@@ -193,8 +193,11 @@ def test_a_corpus_is_looked_at(tmp_path: Path) -> None:
     source = passages(tmp_path / "p.jsonl", 10)
     lines = source.read_text().splitlines()
     source.write_text("\n".join([*lines, lines[3]]))
-    with pytest.raises(RowError, match="row 11, field 'id': equal to that of passage 4"):
+    with pytest.raises(RowError, match=r"p\.jsonl, row 11, field 'id': equal to that of row 4"):
         Corpus.build(source, tmp_path / "c")
+    (tmp_path / "p.tsv").write_text('id\ttext\ttitle\n\n1\tOne.\tA\n2\t"Two\nlines."\tB\n1\tThree.\tC\n')
+    with pytest.raises(RowError, match=r"p\.tsv, row 6, field 'id': equal to that of row 3"):
+        Corpus.build(tmp_path / "p.tsv", tmp_path / "table")
     with pytest.raises(InvalidInputError, match="holds no corpus"):
         Corpus(tmp_path / "c")
     source.write_text(lines[0] + '\n{"id": "x", "title": "T", "text": " "}\n')
