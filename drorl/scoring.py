@@ -156,7 +156,12 @@ def _facts(value: Any, name: str) -> list[facts.Fact]:
 
 
 def _triples(value: Any, name: str) -> list[list[list[str]]]:
-    """Triples of names; a list stands for all names of one thing."""
+    """Triples of names, a list stands for all names of one thing; or, as on the hub, a record of three lists."""
+    if isinstance(value, dict):
+        parts = [list_of(value, part) for part in ("fact", "relation", "entity")]
+        if len(set(map(len, parts))) > 1:
+            raise Problem(name, "not as many subjects as relations and objects", value)
+        value = list(map(list, zip(*parts, strict=True)))
     found = []
     for triple in list_of({name: value}, name):
         names = [[of] if isinstance(of, str) else of for of in triple] if isinstance(triple, list) else []

@@ -195,6 +195,15 @@ def test_rankzephyrs_conversations(tmp_path: Path) -> None:
         "The tower: [sic] of iron",
     ]
     assert row["metadata"]["shown"] == [1, 2, 0]
+    noted = RANKED.replace("of iron", "of iron\n[2010] And a note.").replace("A bridge", "A bridge\n\n[1] A note.")
+    record["conversations"][1]["value"] = noted
+    assert [c["text"] for c in only(tmp_path, record)["candidates"]] == [
+        "By Gustave\nEiffel, in 1889.",
+        "A bridge\n\n[1] A note.",
+        "The tower: [sic] of iron\n[2010] And a note.",
+    ]
+    record["conversations"][1]["value"] = RANKED.replace("Search Query:", "The query is:")
+    assert [c["text"] for c in only(tmp_path, record)["candidates"]] == [c["text"] for c in row["candidates"]]
     record["conversations"][2]["value"] = "[2] > [4]"
     with pytest.raises(RowError, match="not shown"):
         only(tmp_path, record)

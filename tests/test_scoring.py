@@ -142,6 +142,10 @@ def test_2wiki_by_hand(tmp_path: Path) -> None:
     assert overlap_of(found, "evidences") == [0, 0.5, 0.5, 0.5]
     assert overlap_of(found, "joint") == [0, 0.5, 0.5, 0.5]
     assert overlap_of(scores(tmp_path, [row], "hotpot").more, "supporting_facts") == [0, 0, 0, 0]
+    columns = {part: [triple[i] for triple in gold] for i, part in enumerate(("fact", "relation", "entity"))}
+    assert scores(tmp_path, [{**row, "evidences": columns}], "2wiki").more == found
+    with pytest.raises(RowError, match="field 'evidences': not as many subjects as relations and objects"):
+        scores(tmp_path, [{**row, "evidences": {**columns, "fact": []}}], "2wiki")
     del row["predicted_evidences"]
     assert not any(name.startswith(("joint", "evidences")) for name in scores(tmp_path, [row], "2wiki").more)
 

@@ -249,6 +249,21 @@ _SHOWN = re.compile(r"^\[(\d+)\]:?[ \t]*", re.MULTILINE)
 _ASKED = re.compile(r"(?:search query|query)(?: is)?: *(.+?)\.?$", re.IGNORECASE | re.MULTILINE)
 
 
+def _shown(prompt: str) -> dict[int, str]:
+    """The passages of a prompt by their numbers. Only the number that comes next begins one: a passage may have lines
+    that begin with others, such as its notes. What is behind the last passage repeats the query."""
+    starts: list[re.Match] = []
+    for match in _SHOWN.finditer(prompt):
+        if match[1] == str(len(starts) + 1):
+            starts.append(match)
+    end = prompt.rfind("\nSearch Query:", starts[-1].end() if starts else 0)
+    ends = [match.start() for match in starts[1:]] + [len(prompt) if end < 0 else end]
+    texts = [prompt[match.end() : stop] for match, stop in zip(starts, ends, strict=True)]
+    if starts and end < 0:
+        texts[-1] = re.split(r"\n\s*\n", texts[-1])[0]
+    return {number: text.strip() for number, text in enumerate(texts, start=1)}
+
+
 def rankzephyr_row(record: Row) -> Row:
     """RankZephyr's conversations: a teacher's ranking, for the selector's warm-up; no answers. Ranked as the teacher
     says; `metadata.shown` is the order in which they were shown (0 is the first)."""
@@ -256,15 +271,12 @@ def rankzephyr_row(record: Row) -> Row:
     if not {"human", "gpt"} <= said.keys():
         raise Problem("conversations", "no human's and no model's turn", sorted(said))
     asked = _ASKED.findall(said["human"])
-    parts = _SHOWN.split(said["human"])
-    shown = {int(number): text.strip() for number, text in zip(parts[1::2], parts[2::2], strict=True)}
+    shown = _shown(said["human"])
     order = [int(number) for number in re.findall(r"\[(\d+)\]", said["gpt"])]
     if not asked or not shown:
         raise Problem("conversations", "no query or no passages in the human's turn", said["human"])
     if len(set(order)) < len(order) or not set(order) <= shown.keys():
         raise Problem("conversations", "a ranking of passages that were not shown, or shown once", said["gpt"])
-    last = max(shown)  # what is behind the last passage repeats the query
-    shown[last] = re.split(r"\n\s*\n|\nSearch Query:", shown[last])[0].strip()
     order += [number for number in shown if number not in order]
     return {
         "id": record.get("id"),
