@@ -247,11 +247,19 @@ def test_corpora(tmp_path: Path) -> None:
     table = tmp_path / "psgs_w100.tsv"
     table.write_text('id\ttext\ttitle\n1\t"He said ""no""\tand went."\t"Aaron"\n2\tPlain text.\tBo\n')
     reading = Reading(table, PASSAGES)
-    assert list(reading) == [
+    entries = [
         {"id": "1", "title": "Aaron", "text": 'He said "no"\tand went.'},
         {"id": "2", "title": "Bo", "text": "Plain text."},
     ]
+    assert list(reading) == entries
     assert (reading.format, reading.number, reading.skipped) == ("psgs", 3, {})
+    table.write_text('title\tid\ttext\n"Aaron"\t1\t"He said ""no""\tand went."\nBo\t2\tPlain text.\n')
+    again = Reading(table, PASSAGES)
+    assert list(again) == entries
+    assert [p["text"] for p in Reading(table, PASSAGES, start=2)] == ["Plain text."]
+    table.write_text("title\tid\ttext\nBo\t2\n")
+    with pytest.raises(RowError, match="row 2: not three columns"):
+        read(table, PASSAGES)
     entries = [{"id": 0, "contents": '"The "Title"\nA text.\nMore.'}, {"id": 1, "contents": "no title"}]
     assert read(written(tmp_path / "corpus.jsonl", *entries), PASSAGES) == [
         {"id": "0", "title": 'The "Title', "text": "A text.\nMore."},

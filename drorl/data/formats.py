@@ -327,11 +327,14 @@ def flashrag_passage(record: Row) -> Row:
     return {"id": record.get("id"), "title": title, "text": text}
 
 
+PSGS_COLUMNS = ("id", "text", "title")
+
+
 def psgs_passage(cells: list[str]) -> Row:
     """DPR's psgs_w100.tsv: id, text, title; a header first."""
     if len(cells) != 3:
         raise Problem("", "not three columns, id, text and title", cells)
-    if cells == ["id", "text", "title"]:
+    if cells == list(PSGS_COLUMNS):
         raise LeftOut("header")
     return {"id": cells[0], "title": cells[2], "text": cells[1]}
 
@@ -347,6 +350,8 @@ class Format:
     """Whether a row without any is not whole."""
     quoted: bool = True
     """Of a table: whether a cell may stand in quotes."""
+    columns: tuple[str, ...] = ()
+    """Of a table: what a first row may name in another order, which is then that of the file."""
 
     def fits(self, record: object) -> bool:
         """Whether a record may be of this format. A table's is a list of cells."""
@@ -381,7 +386,7 @@ ROWS: dict[str, Format] = {  # the first that fits is taken: what has more field
 PASSAGES: dict[str, Format] = {
     "flashrag-corpus": _format("contents", flashrag_passage),
     "passages": _format("text", passage),
-    "psgs": Format(frozenset(), psgs_passage),
+    "psgs": Format(frozenset(), psgs_passage, columns=PSGS_COLUMNS),
 }
 
 

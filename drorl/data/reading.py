@@ -123,11 +123,16 @@ class Reading:
         self._refuse_options_of_others(known)
         table = not known.fields
         read = partial(known.read, **self.options)
+        order: list[int] = []
+        if isinstance(record, list) and sorted(record) == sorted(known.columns):
+            order = [record.index(name) for name in known.columns]
 
         def checked(record: object) -> Row:
             if not isinstance(record, list if table else dict):
                 raise Problem("", f"no record of the format {self.format}", record)
             try:
+                if isinstance(record, list) and len(record) == len(order):
+                    record = [record[place] for place in order]
                 row = read(record)
                 for name, value in row.items():
                     refuse_unwritable(name, value)
