@@ -13,10 +13,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from drorl.errors import InvalidInputError
 
 from .fields import LeftOut, Problem, Row, answers_of, candidate, list_of, literal_list, objects_of, score_of, text_of
 
@@ -388,17 +385,3 @@ PASSAGES: dict[str, Format] = {
     "passages": _format("text", passage),
     "psgs": Format(frozenset(), psgs_passage, columns=PSGS_COLUMNS),
 }
-
-
-def format_of(record: object, formats: Mapping[str, Format], path: Path) -> str:
-    """Returns the name of the first format that a record fits.
-
-    Raises:
-        InvalidInputError: if there is none.
-    """
-    for name, known in formats.items():
-        if known.fits(record) or (isinstance(record, list) and not known.fields):
-            return name
-    seen = sorted(record) if isinstance(record, dict) else repr(record)[:80]
-    known = "; ".join(f"{name} ({' '.join(sorted(f.fields)) or 'a table'})" for name, f in formats.items())
-    raise InvalidInputError(f"{path}: a record with {seen} is of no format that is known. They are: {known}")

@@ -12,7 +12,7 @@ from drorl.errors import InvalidInputError
 
 from .fields import LeftOut, Problem, Row, list_of, refuse_unwritable
 from .files import Record, records
-from .formats import PASSAGES, ROWS, Format, format_of
+from .formats import PASSAGES, ROWS, Format
 from .hub import dataset_records, is_dataset, open_dataset
 from .packages import sha256_of
 from .rows import RowError, problem_of
@@ -163,6 +163,20 @@ class Reading:
         asked = row if has_answers else {**row, "answers": ["-"]}
         problem = problem_of(asked, self.num_selected, self.need_scores)
         return row if problem is None else RowError(number, problem[0], problem[1] + problem[2], problem[1])
+
+
+def format_of(record: object, formats: Mapping[str, Format], path: Path) -> str:
+    """Returns the name of the first format that a record fits.
+
+    Raises:
+        InvalidInputError: if there is none.
+    """
+    for name, known in formats.items():
+        if known.fits(record) or (isinstance(record, list) and not known.fields):
+            return name
+    seen = sorted(record) if isinstance(record, dict) else repr(record)[:80]
+    known = "; ".join(f"{name} ({' '.join(sorted(f.fields)) or 'a table'})" for name, f in formats.items())
+    raise InvalidInputError(f"{path}: a record with {seen} is of no format that is known. They are: {known}")
 
 
 def read_aliases(path: Path) -> dict[str, list[str]]:
