@@ -124,8 +124,9 @@ class Reading:
         table = not known.fields
         read = partial(known.read, **self.options)
         order: list[int] = []
-        if isinstance(record, list) and sorted(record) == sorted(known.columns):
-            order = [record.index(name) for name in known.columns]
+        columns = known.columns
+        if isinstance(record, list) and len(record) == len(columns) and all(name in record for name in columns):
+            order = [record.index(name) for name in columns]
 
         def checked(record: object) -> Row:
             if not isinstance(record, list if table else dict):
