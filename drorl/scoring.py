@@ -25,7 +25,7 @@ from .data.fields import Problem, list_of, objects_of, text_of
 from .data.files import records
 from .data.rows import RowError
 from .metrics import KILT, MetricSettings, Overlap, answer_overlap
-from .ranking import gold_of, ndcg, recall_at, recalls, reciprocal_rank
+from .ranking import gold_of, known, ndcg, recall_at, recalls, reciprocal_rank
 
 DEPTHS = (1, 3, 5, 10, 20)
 NATS = ("answer_logp", "iw_elbo")
@@ -126,26 +126,20 @@ def _add_rests_on(found: RowScores, row: Mapping[str, Any], answer: Overlap, set
         said = row.get(f"predicted_{name}")
         if said is None:
             return None
-        return measure(read(said, f"predicted_{name}"), read(_known(row, name), name), *arguments)
+        return measure(read(said, f"predicted_{name}"), read(known(row, name), name), *arguments)
 
     parts: list[Overlap | None] = [answer]
-    if _known(row, "supporting_facts") is not None:
+    if known(row, "supporting_facts") is not None:
         parts.append(measured("supporting_facts", _facts, facts.supporting_facts, settings.fold_titles))
         found.add_overlap("supporting_facts", parts[-1])
-        if _known(row, "evidences") is not None:
+        if known(row, "evidences") is not None:
             parts.append(measured("evidences", _triples, facts.evidences))
             found.add_overlap("evidences", parts[-1])
         whole = [part for part in parts if part is not None]
         found.add_overlap("answer", answer, len(whole) > 1)
         found.add_overlap("joint", facts.joint(whole) if len(whole) == len(parts) else None)
-    if _known(row, "support_idxs") is not None:
+    if known(row, "support_idxs") is not None:
         found.add_overlap("support", measured("support_idxs", _numbers, facts.support))
-
-
-def _known(row: Mapping[str, Any], name: str) -> Any:
-    """What the data set says."""
-    metadata = row.get("metadata")
-    return row.get(name, metadata.get(name) if isinstance(metadata, dict) else None)
 
 
 def _facts(value: Any, name: str) -> list[facts.Fact]:
@@ -162,7 +156,12 @@ def _facts(value: Any, name: str) -> list[facts.Fact]:
 
 
 def _triples(value: Any, name: str) -> list[list[list[str]]]:
-    """Triples of names; a list stands for all names of one thing."""
+    """Triples of names, a list stands for all names of one thing; or, as on the hub, a record of three lists."""
+    if isinstance(value, dict):
+        parts = [list_of(value, part) for part in ("fact", "relation", "entity")]
+        if len(set(map(len, parts))) > 1:
+            raise Problem(name, "not as many subjects as relations and objects", value)
+        value = list(map(list, zip(*parts, strict=True)))
     found = []
     for triple in list_of({name: value}, name):
         names = [[of] if isinstance(of, str) else of for of in triple] if isinstance(triple, list) else []
@@ -185,7 +184,7 @@ def _add_ranking(found: RowScores, row: Mapping[str, Any], answers: Sequence[str
     at = recalls([text_of(c, "text", "") for c in candidates], answers) or [0.0]
     found.add({f"recall@{k}": at[:k][-1] for k in DEPTHS}, given)
     for names in ("gold_ids", "gold_titles"):
-        if (named := _known(row, names)) is not None:
+        if (named := known(row, names)) is not None:
             list_of({names: named}, names)
     gold = gold_of(row, candidates) if given else None
     if gold is not None:

@@ -1,6 +1,7 @@
 """Rows, weights, answers and scores as they are shown in a terminal. Texts of data are never read as markup."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +34,21 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def shown(text: str, style: str = "") -> Text:
+    """Returns a text of data as a terminal may have it: what would control it, such as ESC, is written out."""
+    return Text(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text), style)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
+
 def _add(table: Table, *cells: object) -> None:
-    table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells))
+    table.add_row(*(cell if isinstance(cell, Text) else shown(str(cell)) for cell in cells))
 
 
 def row_view(row: Mapping[str, Any], num_candidates: int | None = None) -> RenderableType:
     """Returns a row: query, answers, and its candidates, marked `✓` where an answer stands and `★` where gold."""
-    head = [Text(row["query"], style="bold"), Text(f"answers: {' | '.join(row['answers']) or '-'}")]
+    head = [shown(row["query"], "bold"), shown(f"answers: {' | '.join(row['answers']) or '-'}")]
     table = _table("", "", "score", "title", "text")
     for number, passage in enumerate(row["candidates"][:num_candidates], start=1):
         holds = bool(row["answers"]) and contains_answer(passage["text"], row["answers"])
@@ -70,7 +79,7 @@ def answer_view(answer: "Answer", most: int = 5) -> RenderableType:
             passage, mark = ranked.passage, cited.get(id(ranked.passage), "")
             _add(table, mark, f"{math.exp(ranked.logp):.2f}", passage["title"], " ".join(passage["text"].split()))
     sources = " ".join(cited.values())
-    return Group(table, Text.assemble((answer.text or "(no answer)", "bold"), f"  {sources}"))
+    return Group(table, Text.assemble(shown(answer.text or "(no answer)", "bold"), f"  {sources}"))
 
 
 def answer_record(row: Mapping[str, Any], answer: "Answer") -> dict[str, Any]:

@@ -15,11 +15,10 @@ from conftest import CITIES, RIVERS
 from helpers import randomise_adapters
 from peft import LoraConfig
 from processes import kill_once
-from rich.control import strip_control_codes
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from drorl import RAGPipeline, predictions
+from drorl import RAGPipeline, predictions, terminal
 from drorl.adapters import add_adapters
 from drorl.cli import app, main
 from drorl.evaluation import evaluate_rows, score_permutations
@@ -199,7 +198,7 @@ def test_answer_is_the_pipelines(run_dir: Path, rows: Callable[..., Rows], tmp_p
     assert "Danube" in {passage["title"] for passage in alone["passages"]} and len(alone["passages"]) == 6
     shown = run(app, [*map(str, command[:-1]), "--query", question, "--corpus", str(corpus)]).stdout
     # A model that knows nothing may write a backspace, which no terminal is given.
-    assert question in shown and strip_control_codes(alone["answer"]) in shown and "[1] [2]" in shown
+    assert question in shown and str(terminal.shown(alone["answer"])) in shown and "[1] [2]" in shown
 
 
 def test_chat_reads_lines_until_they_end(run_dir: Path, corpus: Path) -> None:
@@ -227,6 +226,21 @@ def test_inspect_shows_rows(rows: Callable[..., Rows], tmp_path: Path) -> None:
     [first] = [line for line in shown.splitlines() if "[1]" in line]
     assert "✓★" in first and "[red]Danube[/red] Rhine" in first
     assert "answers: Rhine" in shown
+
+
+def test_inspect_controls_no_terminal_and_counts(rows: Callable[..., Rows], tmp_path: Path) -> None:
+    """ESC of a question, an answer, a title or a text is written out; rows that were left out are counted."""
+    [row] = rows(1, 3)
+    row |= {"query": "\x1b]0;q\x07?", "answers": ["\x1b[31ma", "b\x9b"]}
+    row["candidates"][0] |= {"title": "\x1b[2J", "text": "x \x1b[1m"}
+    source = written(tmp_path / "rows.jsonl", [{"query": "why?"}, row])
+    command = ["inspect", str(source), "--on-error", "skip", "--format", "drorl"]
+    done = run(app, command)
+    assert done.exit_code == 0 and {"\x1b", "\x9b", "\x07"}.isdisjoint(done.stdout)
+    for said in (r"\x1b]0;q\x07?", r"answers: \x1b[31ma | b\x9b", r"\x1b[2J", r"x \x1b[1m"):
+        assert said in done.stdout
+    assert "skipped 1 rows: {'no list': 1}" in done.stderr
+    assert run(app, [*command, "--quiet"]).stderr == ""
 
 
 def test_inspect_weighs_as_the_trainer_does(run_dir: Path, rows: Callable[..., Rows], tmp_path: Path) -> None:

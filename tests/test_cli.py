@@ -55,6 +55,21 @@ def test_reading_files_loads_no_framework():
     assert {"datasets", "torch", "transformers", "pandas"}.isdisjoint(loaded.stdout.split())
 
 
+COMMANDS = [
+    [],
+    *([command.name or command.callback.__name__.replace("_", "-")] for command in app.registered_commands),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_takes_no_time(command: list[str]) -> None:
+    """Less than a second of the processor, of drorl and each command: nothing is imported that is not shown."""
+    code = "import sys, time; from drorl.cli import main; sys.argv[0] = 'drorl'\ntry: main()\n"
+    code += "finally: print(time.process_time(), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, check=True, text=True)
+    assert re.match(r"\s*usage: ", done.stdout, re.IGNORECASE) and float(done.stderr) < 1
+
+
 @pytest.mark.parametrize("error", [DownloadError, ChecksumError])
 def test_setup_without_registry(error, monkeypatch):
     """When the registry cannot be reached, or gives something else, `drorl setup` says what to do."""

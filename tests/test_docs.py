@@ -77,6 +77,18 @@ def test_the_commands_train(tmp_path: Path) -> None:
     assert scores[0] == {"exact_match": found["exact_match"], "f1": found["f1"], "n": 4}
 
 
+def test_every_marker_has_a_target() -> None:
+    """What the default suite leaves out, but for what needs a GPU, a target of make runs; CONTRIBUTING names it."""
+    makefile, guide = ((REPOSITORY / name).read_text() for name in ("Makefile", "CONTRIBUTING.md"))
+    for marker in ("slow", "network", "vllm"):
+        recipe = makefile.split(f"\ntest-{marker}:")[1].split("\n\n")[0]
+        assert (
+            re.search(f'-m "?{marker}\\b', recipe)
+            and f"test-{marker}" in makefile.split(".PHONY:")[1].split("\n\n")[0]
+        )
+        assert f"make test-{marker}" in guide
+
+
 def test_the_readme_says_the_same() -> None:
     """Its short form begins with the page's first block, to the letter."""
     section = README.split("## Your own data")[1].split("\n## ")[0]

@@ -174,7 +174,7 @@ def test_the_authors_data(tmp_path: Path) -> None:
         ("A: B", "Not\nBo.", False),
         ("Bo Li", "Bo was here.", True),
     ]
-    assert row["id"] == "4"
+    assert row["id"] == "4" and row["metadata"] == {"gold_titles": ["Bo Li"]}
 
 
 def test_rankzephyrs_conversations(tmp_path: Path) -> None:
@@ -195,6 +195,15 @@ def test_rankzephyrs_conversations(tmp_path: Path) -> None:
         "The tower: [sic] of iron",
     ]
     assert row["metadata"]["shown"] == [1, 2, 0]
+    noted = RANKED.replace("of iron", "of iron\n[2010] And a note.").replace("A bridge", "A bridge\n\n[1] A note.")
+    record["conversations"][1]["value"] = noted
+    assert [c["text"] for c in only(tmp_path, record)["candidates"]] == [
+        "By Gustave\nEiffel, in 1889.",
+        "A bridge\n\n[1] A note.",
+        "The tower: [sic] of iron\n[2010] And a note.",
+    ]
+    record["conversations"][1]["value"] = RANKED.replace("Search Query:", "The query is:")
+    assert [c["text"] for c in only(tmp_path, record)["candidates"]] == [c["text"] for c in row["candidates"]]
     record["conversations"][2]["value"] = "[2] > [4]"
     with pytest.raises(RowError, match="not shown"):
         only(tmp_path, record)
@@ -210,6 +219,7 @@ def test_rankzephyrs_conversations(tmp_path: Path) -> None:
         },
         {"question": "q", "golden_answers": ["x"], "metadata": {"context": {"title": ["a"], "sentences": 5}}},
         {**HOTPOT, "supporting_facts": 5},
+        {**HOTPOT, "context": [["T", [float("nan")]]]},
         {"input": "q", "output": [{"answer": "x", "provenance": 5}]},
         {"question": "q", "answers": ["x"], "positive_ctxs": [{"title": "", "text": "x", "passage_id": [1]}]},
         {"question": "q", "answers": ["x"], "ctxs": [{**CTX, "score": 10**400}]},
@@ -237,11 +247,19 @@ def test_corpora(tmp_path: Path) -> None:
     table = tmp_path / "psgs_w100.tsv"
     table.write_text('id\ttext\ttitle\n1\t"He said ""no""\tand went."\t"Aaron"\n2\tPlain text.\tBo\n')
     reading = Reading(table, PASSAGES)
-    assert list(reading) == [
+    entries = [
         {"id": "1", "title": "Aaron", "text": 'He said "no"\tand went.'},
         {"id": "2", "title": "Bo", "text": "Plain text."},
     ]
+    assert list(reading) == entries
     assert (reading.format, reading.number, reading.skipped) == ("psgs", 3, {})
+    table.write_text('title\tid\ttext\n"Aaron"\t1\t"He said ""no""\tand went."\nBo\t2\tPlain text.\n')
+    again = Reading(table, PASSAGES)
+    assert list(again) == entries
+    assert [p["text"] for p in Reading(table, PASSAGES, start=2)] == ["Plain text."]
+    table.write_text("title\tid\ttext\nBo\t2\n")
+    with pytest.raises(RowError, match="row 2: not three columns"):
+        read(table, PASSAGES)
     entries = [{"id": 0, "contents": '"The "Title"\nA text.\nMore.'}, {"id": 1, "contents": "no title"}]
     assert read(written(tmp_path / "corpus.jsonl", *entries), PASSAGES) == [
         {"id": "0", "title": 'The "Title', "text": "A text.\nMore."},
@@ -292,6 +310,20 @@ BROKEN = {
     "no answer": (b'{"question": "who?", "answer": []}', "no answer that is not blank"),
     "answers that are no texts": (b'{"question": "who?", "answer": [["Bo"]]}', "no text"),
     "a list as a text": (b'{"question": "who?", "answer": "[\'Bo\', \'Al\']"}', "text of a list"),
+    "a list of a text and a number": (b'{"question": "w?", "answers": "[\'Bo\', 1889]"}', "text of a list"),
+    "a list of numbers": (b'{"question": "w?", "answers": "[1889, 1890]"}', "text of a list"),
+    "a list in a list": (b'{"question": "w?", "answers": "[[\'Bo\']]"}', "text of a list"),
+    "a dict": (b'{"question": "w?", "answers": "{\'a\': 1}"}', "text of a list"),
+    "a set": (b'{"question": "w?", "answers": [" {1, 2}"]}', "text of a list"),
+    "a tuple": (b'{"question": "w?", "answers": "(\'Bo\', \'Al\')"}', "text of a list"),
+    "no number as an answer": (b'{"question": "w?", "answers": NaN}', "field 'answers': no number: nan"),
+    "no number as a question": (b'{"question": NaN, "answers": "x"}', "field 'question': no number: nan"),
+    "no number as an id": (b'{"id": NaN, "question": "w?", "answers": "x"}', "field 'id': no number: nan"),
+    "no number in metadata": (
+        b'{"question": "w?", "answers": "x", "m": [{"n": 1e999}]}',
+        "'metadata': no number: inf",
+    ),
+    "an escaped NUL": (b'{"question": "w\\u0000?", "answers": "x"}', "field 'question': a NUL character"),
     "no question": (b'{"question": null, "answer": "Bo"}', "no text"),
     "a long text": (b'{"question": "' + b"x" * 1_000_001 + b'", "answer": "Bo"}', "1,000,000 characters"),
     "half a character": (b'{"question": "who \\ud83d?", "answer": "Bo"}', "half of a character"),
@@ -314,6 +346,12 @@ def test_a_broken_record_is_named_or_skipped(tmp_path: Path, name: str) -> None:
     reading = Reading(path, on_error="skip")
     assert [row["id"] for row in reading] == ["1", "3"]
     assert reading.skipped.total() == 1
+
+
+@pytest.mark.parametrize("answer", ["1,000", "(1889)", "[sic]", "(a) and (b)", "[1] to [2]", "{x: 1}"])
+def test_an_answer_may_hold_brackets(tmp_path: Path, answer: str) -> None:
+    """What only looks a little like a list is an answer."""
+    assert only(tmp_path, {"question": "how many?", "answer": answer})["answers"] == [answer]
 
 
 def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:

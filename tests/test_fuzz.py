@@ -18,9 +18,10 @@ from records import WHOLE
 
 from drorl.data.formats import PASSAGES, ROWS
 from drorl.data.reading import Reading, read_aliases
-from drorl.data.rows import problem_of
+from drorl.data.rows import RowError, problem_of
 from drorl.data.trec import read_qrels, read_run
 from drorl.errors import UserError
+from drorl.scoring import score_record
 
 FORMATS = ROWS | PASSAGES
 EXAMPLES = 440  # of each of 25 readers: 11,000
@@ -161,6 +162,37 @@ def test_any_damaged_file_is_rows_or_one_line(name: str, tmp_path: Path) -> None
         check(path, name, "auto")
 
     run()
+
+
+SCORED = {
+    "prediction": "x",
+    "answers": ["x"],
+    "candidates": [{"id": "1", "title": "T", "text": "x", "is_gold": True}],
+    "metadata": {"gold_titles": ["T"], "evidences": [["a", "r", "e"]]},
+    "gold_ids": ["1"],
+    "supporting_facts": {"title": ["A"], "sent_id": [0]},
+    "predicted_supporting_facts": [["A", 0]],
+    "predicted_evidences": [[["a", "b"], "r", "e"]],
+    "support_idxs": [1],
+    "predicted_support_idxs": [1],
+}
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    where=st.lists(st.tuples(st.integers(0, 100), GARBAGE), min_size=1, max_size=3),
+    kept=st.sets(st.sampled_from(sorted(SCORED))),
+)
+def test_any_damaged_prediction_is_scored_or_named(where: list[tuple[int, Any]], kept: set[str]) -> None:
+    """Scores between 0 and 1, or what is wrong: never a traceback. Recall of evidences may exceed 1."""
+    row = deepcopy({name: value for name, value in SCORED.items() if name in kept | {"prediction", "answers"}})
+    for number, garbage in where:
+        if at := list(places(row)):
+            container, key = at[number % len(at)]
+            container[key] = deepcopy(garbage)
+    found = score_record(1, row)
+    if not isinstance(found, RowError):
+        assert all(0 <= v <= 1 for name, v in found.scores.items() if not name.startswith(("evidences", "joint")))
 
 
 WHOLE_LINES = {

@@ -25,6 +25,7 @@ from drorl.retrieval import http as client
 from drorl.retrieval.bm25 import BM25
 from drorl.retrieval.corpus import Corpus
 from drorl.retrieval.http import HTTPRetriever, RetrieverServerError
+from drorl.retrieval.retrievers import Place, open_retriever
 from drorl.retrieval.server import Limits, application, listen
 
 Handler = http.server.BaseHTTPRequestHandler
@@ -111,6 +112,22 @@ def test_every_form_in_use_is_read(answer: Any, read: dict[str, Any] | None) -> 
         assert asked(f"{url}/retrieve/") == [expected]
 
 
+@pytest.mark.parametrize(
+    "given", ["timeout=nan", "timeout=-1", "timeout=inf", "timeout=1e300", "batch_size=0", "batch_size=-5", "tries=0"]
+)
+def test_settings_that_cannot_be_are_refused(given: str) -> None:
+    """Before anybody is asked."""
+    name, value = given.split("=")
+    with pytest.raises(InvalidInputError, match="seconds above 0, and batch_size=.* are 1 at least"):
+        open_retriever("http", Place(None), {"url": "http://127.0.0.1:9", name: value})
+
+
+def test_the_longest_timeout_is_one() -> None:
+    """The clock of a socket takes it."""
+    with bad_server(saying(GOOD)) as url:
+        assert open_retriever("http", Place(None), {"url": url, "timeout": "9e9"}).search(["q"], 3) == [[READ]]
+
+
 # ------------------------------------------------------------------------------------------------------- bad servers
 @pytest.mark.parametrize(
     ("answer", "message"),
@@ -125,6 +142,7 @@ def test_every_form_in_use_is_read(answer: Any, read: dict[str, Any] | None) -> 
         (saying({"result": [[], []]}), "answers with 2 lists to 1 queries"),
         (saying({"result": ["text"]}), "query 1: no list of passages: 'text'"),
         (saying({"result": [GOOD["result"][0] * 4]}), "query 1: more than the 3 passages that were asked for: 4"),
+        (saying({"result": [GOOD["result"][0] * 2]}), "query 1: a passage that occurs twice: '7'"),
         (saying({"result": [[{"document": 5}]]}), "query 1, passage 1: document: no passage: 5"),
         (saying({"result": [[{"document": {"id": "7"}}]]}), "query 1, passage 1: contents: no text"),
         (saying({"result": [[{"document": {"text": " "}}]]}), "query 1, passage 1: text: empty"),

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from drorl.errors import InvalidInputError
-from drorl.retrieval.hybrid import Hybrid, HybridSettings
+from drorl.retrieval.hybrid import Hybrid, HybridSettings, open_hybrid
+from drorl.retrieval.retrievers import Place
 
 
 class Ranking:
@@ -58,3 +59,5 @@ def test_the_key_holds_all_that_matters() -> None:
         Hybrid([])
     with pytest.raises(InvalidInputError, match="not to be negative"):
         HybridSettings(constant=-1)
+    with pytest.raises(InvalidInputError, match="of=bm25,bm25 names a retriever twice"):
+        open_hybrid(Place(None), {"of": "bm25,bm25"})

@@ -2,19 +2,27 @@
 
 import gzip
 import json
+import os
+import re
+import resource
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import zstandard
 from processes import kill_once
+from records import WHOLE
 from typer.testing import CliRunner
 
 from drorl.cli import app
 from drorl.data import prepare
+from drorl.data.formats import ROWS
+from drorl.data.load import load_rows
 from drorl.data.prepare import Prepared, write_rows
 from drorl.data.reading import Reading
+from drorl.data.rows import RowError
 from drorl.data.shards import Shards
 from drorl.errors import InvalidInputError
 
@@ -56,6 +64,29 @@ def test_rows_are_counted_and_packed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def _unpacked(data: bytes) -> bytes:
     return zstandard.ZstdDecompressor().stream_reader(data).read()
+
+
+@pytest.mark.parametrize("name", sorted(name for name, known in ROWS.items() if not known.has_answers))
+def test_rows_without_answers_are_read_again(name: str, tmp_path: Path) -> None:
+    """What has no answers is prepared, and read as it was written: to be retrieved for, looked at, answered. Training
+    and an evaluation refuse it, and so does everybody answers of which none is left."""
+    bare = [{**row, "answers": []} for row in WHOLE["drorl"]]
+    records, source = bare if name == "drorl" else WHOLE[name], tmp_path / "in.jsonl"
+    if name == "topics":
+        source = tmp_path / "in.tsv"
+        source.write_text("".join("\t".join(cells) + "\n" for cells in records))
+    else:
+        source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    output = tmp_path / "rows.jsonl"
+    assert write_rows(Reading(source, format=name), output, quiet=True).rows == 2
+    again = Reading(output)
+    assert list(again) == list(Reading(source, format=name)) == list(map(json.loads, output.open()))
+    assert again.format == "drorl" and not any(row["answers"] for row in again)
+    with pytest.raises(RowError, match="row 1, field 'answers': no answer that is not blank"):
+        load_rows(str(output))
+    output.write_text(json.dumps({**WHOLE["drorl"][0], "answers": [" "]}))
+    with pytest.raises(RowError, match="row 1, field 'answers': no answer that is not blank"):
+        list(Reading(output))
 
 
 def test_a_key_that_has_changed_begins_anew(tmp_path: Path) -> None:
@@ -127,10 +158,59 @@ def test_the_command_prepares_and_scores(tmp_path: Path) -> None:
         assert json.loads(done.stdout.splitlines()[-1]) == {"exact_match": expected[0], "f1": expected[1], "n": 4}
     spaced = run(app, ["score", "--input", str(path), "--json", "--punct", "space"])
     assert json.loads(spaced.stdout)["exact_match"] == 0.5
+    [strict] = run(app, ["score", "--input", str(path), "--json", "--hotpot-yesno"]).stdout.splitlines()
+    assert json.loads(strict) == {"exact_match": 0.25, "f1": 0.25, "n": 4}
+    path.write_text(json.dumps({"prediction": "b", "answers": ["c d", "b"]}))
+    for switches, expected in (([], 1), (["--first-answer-only"], 0)):
+        done = run(app, ["score", "--input", str(path), "--json", *switches])
+        assert json.loads(done.stdout) == {"exact_match": expected, "f1": expected, "n": 1}
     path.write_text('{"prediction": "x", "answers": "y"}\n')
     assert "row 1, field 'answers'" in str(run(app, ["score", "--input", str(path)]).exception)
     skipped = run(app, ["score", "--input", str(path), "--on-error", "skip", "--json"])
     assert json.loads(skipped.stdout) == {"exact_match": None, "f1": None, "n": 0}
+
+
+def test_equal_ids_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of questions in any shard, packed or not; the rows stay, and it is said again when they are there already."""
+    monkeypatch.setattr(prepare, "SHARD_ROWS", 3)
+    names = ["a", "b", 7, "a", "c", "7", "a", "d"]
+    source = tmp_path / "q.jsonl"
+    source.write_text("".join(json.dumps({"id": name, "question": "who?", "answer": "Bo"}) + "\n" for name in names))
+    for output in ("rows.jsonl", "rows.jsonl.gz", "rows.jsonl"):
+        done = run(app, ["prepare", "--input", str(source), "--output", str(tmp_path / output)])
+        assert "8 rows (question)" in done.stderr and "warning: 3 rows have the id of an earlier row" in done.stderr
+    source.write_text(json.dumps({"id": "a", "question": "who?", "answer": "Bo"}))
+    assert "warning" not in run(app, ["prepare", "--input", str(source), "--output", str(tmp_path / "one")]).stderr
+
+
+def test_half_of_2wiki_is_said(tmp_path: Path) -> None:
+    """FlashRAG's 2Wiki is known by its length and by its golds; another set of that length is whole."""
+    for golds, said in ((3, True), (0, False)):
+        prepared = Prepared("flashrag", 15_000, Counter(), 0, 20, golds, 0)
+        assert ("has 15,000 training rows where the original has 167,454" in str(prepared)) is said
+    assert "167,454" not in str(Prepared("flashrag", 14_999, Counter(), 0, 20, 3, 0))
+
+
+COMMAND = [sys.executable, "-c", "from drorl.cli import main; main()", "prepare", "--input"]
+
+
+def test_progress_goes_to_stderr(tmp_path: Path) -> None:
+    """On a terminal, which FORCE_COLOR makes of a pipe: stdout is for data."""
+    command = [*COMMAND, questions(tmp_path / "q.jsonl", 200), "--output", tmp_path / "rows", "--on-error", "skip"]
+    done = subprocess.run(command, env={**os.environ, "FORCE_COLOR": "1"}, capture_output=True, check=True)
+    assert done.stdout == b"" and b"q.jsonl: 180 rows" in done.stderr
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """An error of the system is no traceback: exit code 1, and what the system says."""
+    command = [*COMMAND, questions(tmp_path / "q.jsonl", 2000), "--output", tmp_path / "rows", "--on-error", "skip"]
+    full = subprocess.run(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
+    )
+    assert full.returncode == 1 and re.fullmatch(r"drorl: .*File too large.*\n", full.stderr), full.stderr
 
 
 def test_beir_and_trec(tmp_path: Path) -> None:
@@ -164,9 +244,14 @@ def test_beir_and_trec(tmp_path: Path) -> None:
     assert rows[0]["candidates"][0] == wanted
     assert rows[0]["candidates"][1]["is_gold"] is False
 
+    assert [row["metadata"] for row in rows] == [{"gold_ids": ["d2"]}, {}, {}]
+
     alone = ["prepare", "--input", str(tmp_path / "topics.tsv"), "--qrels", str(tmp_path / "qrels")]
     assert run(app, [*alone, "--output", str(tmp_path / "x")]).exit_code == 2  # they mark a run's candidates
 
+    (tmp_path / "run.trec").write_text("q1 Q0 d2 1 2.5 x\n3 Q0 d2 1 2 x\nq1 Q0 d2 2 1.5 x\n")
+    refused = run(app, ["prepare", "--output", str(tmp_path / "x"), *files])
+    assert "run.trec, row 3, field 'passage-id': 'd2' has been found for 'q1' before" in str(refused.exception)
     (tmp_path / "run.trec").write_text("q1 Q0 d9 1 2.5 x\n")
     refused = run(app, ["prepare", "--output", str(tmp_path / "x"), *files])
     assert "lacks 1 of 1 passages of the run, such as 'd9'" in str(refused.exception)

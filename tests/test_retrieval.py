@@ -102,7 +102,7 @@ def test_lists_that_are_not_read_change_nothing(tmp_path: Path, monkeypatch: pyt
         found = index.search(queries, k)
         for query, candidates in zip(queries, found, strict=True):
             scores = np.zeros(3000, dtype=np.float32)
-            postings = [index._postings(term) for term in index._known_terms(query)]
+            postings = [index._postings(*term) for term in index._known_terms(query)]
             for passages, added, _ in sorted(postings, key=lambda pair: len(pair[0])):
                 scores[passages] += added
             wanted = [i for i in np.lexsort((range(3000), -scores))[:k].tolist() if scores[i] > 0]
@@ -110,6 +110,23 @@ def test_lists_that_are_not_read_change_nothing(tmp_path: Path, monkeypatch: pyt
         assert BM25(index.corpus, tmp_path / "i", threads=1).search(queries, k) == found
         assert BM25(index.corpus, tmp_path / "i", threads=7).search(queries, k) == found
     assert len(looked_up) > 300 and np.median(looked_up) < 300  # it is done, and for few passages
+
+
+def test_a_query_as_long_as_a_text_may_be(tmp_path: Path) -> None:
+    """100,000 different terms, and 100,000 times one: time in proportion. The limit, 20 s of the processor, is several
+    times what one core takes, and a tenth of what it is where each term adds up the bounds of all others."""
+    words = [f"w{i:06}" for i in range(100_000)]
+    lines = [{"id": "all", "text": " ".join(words)}, *({"id": f"{i}", "text": words[i]} for i in range(4))]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = BM25Settings(stemmer=None)
+    index = BM25.build(Corpus.build(tmp_path / "p.jsonl", tmp_path / "c"), tmp_path / "i", settings)
+    start = time.process_time()
+    [every] = index.search([" ".join(words)], 2)
+    [one] = index.search([" ".join(["w000001"] * 100_000)], 2)
+    assert time.process_time() - start < 20
+    assert [c["id"] for c in every] == ["all", "0"] and [c["id"] for c in one] == ["1", "all"]
+    [once] = index.search(["w000001"], 2)
+    assert [c["score"] for c in one] == pytest.approx([100_000 * c["score"] for c in once], rel=1e-5)
 
 
 def test_queries_that_find_nothing(tmp_path: Path) -> None:
@@ -150,13 +167,37 @@ def test_an_index_is_used_only_for_its_own_corpus(tmp_path: Path, monkeypatch: p
         BM25(other, tmp_path / "none")
 
 
+DAMAGED = ["passages.jsonl", "offsets.npy"]
+DAMAGED += [f"i/{name}" for name in ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy")]
+DAMAGED += ["i/vocab.index.json", "i/largest.npy", "i/params.index.json"]
+
+
+@pytest.mark.parametrize("left", [0, 0.5, 1], ids=["emptied", "cut", "gone"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_one_line(tmp_path: Path, name: str, left: float) -> None:
+    """A file of a corpus or an index that is cut, emptied or missing is said when it is opened, not in a search."""
+    folder = tmp_path / "c"
+    BM25.build(Corpus.build(passages(tmp_path / "p.jsonl", 30), folder), folder / "i")
+    path = folder / name
+    if left == 1:
+        path.unlink()
+    else:
+        os.truncate(path, int(path.stat().st_size * left))
+    with pytest.raises(InvalidInputError, match=r"is damaged \(.*\): delete it, and make it again") as said:
+        BM25(Corpus(folder), folder / "i")
+    assert "\n" not in str(said.value)
+
+
 def test_a_corpus_is_looked_at(tmp_path: Path) -> None:
     """No passages, an id that occurs twice (wherever), a text that is missing."""
     source = passages(tmp_path / "p.jsonl", 10)
     lines = source.read_text().splitlines()
     source.write_text("\n".join([*lines, lines[3]]))
-    with pytest.raises(RowError, match="row 11, field 'id': equal to that of passage 4"):
+    with pytest.raises(RowError, match=r"p\.jsonl, row 11, field 'id': equal to that of row 4"):
         Corpus.build(source, tmp_path / "c")
+    (tmp_path / "p.tsv").write_text('id\ttext\ttitle\n\n1\tOne.\tA\n2\t"Two\nlines."\tB\n1\tThree.\tC\n')
+    with pytest.raises(RowError, match=r"p\.tsv, row 6, field 'id': equal to that of row 3"):
+        Corpus.build(tmp_path / "p.tsv", tmp_path / "table")
     with pytest.raises(InvalidInputError, match="holds no corpus"):
         Corpus(tmp_path / "c")
     source.write_text(lines[0] + '\n{"id": "x", "title": "T", "text": " "}\n')
@@ -343,6 +384,8 @@ def test_settings_are_read_by_their_types() -> None:
         ({"k1": "x"}, "k1='x' is no float"),
         ({"stop_words": "1"}, "stop_words='1' is no bool"),
         ({"b": "7"}, "b=7.0 lies between"),
+        ({"b": "nan"}, "b=nan lies between"),
+        ({"k1": "inf"}, "k1=inf is a number that is not negative"),
         ({"stemmer": "latin"}, "no stemmer 'latin'"),
     ):
         with pytest.raises(InvalidInputError, match=said):

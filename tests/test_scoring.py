@@ -142,6 +142,10 @@ def test_2wiki_by_hand(tmp_path: Path) -> None:
     assert overlap_of(found, "evidences") == [0, 0.5, 0.5, 0.5]
     assert overlap_of(found, "joint") == [0, 0.5, 0.5, 0.5]
     assert overlap_of(scores(tmp_path, [row], "hotpot").more, "supporting_facts") == [0, 0, 0, 0]
+    columns = {part: [triple[i] for triple in gold] for i, part in enumerate(("fact", "relation", "entity"))}
+    assert scores(tmp_path, [{**row, "evidences": columns}], "2wiki").more == found
+    with pytest.raises(RowError, match="field 'evidences': not as many subjects as relations and objects"):
+        scores(tmp_path, [{**row, "evidences": {**columns, "fact": []}}], "2wiki")
     del row["predicted_evidences"]
     assert not any(name.startswith(("joint", "evidences")) for name in scores(tmp_path, [row], "2wiki").more)
 
@@ -236,6 +240,36 @@ def test_ranking_is_that_of_trec_eval() -> None:
 MEASURES = (R @ 1, R @ 5, R @ 20, RR, nDCG @ 10)
 
 
+def test_a_run_is_scored_as_by_trec_eval(tmp_path: Path) -> None:
+    """drorl prepare --run --qrels, then drorl score: means over the judged queries, of which most golds are not found,
+    some are in no ranking, and one query has no ranking at all: ir-measures agrees."""
+    draw = random.Random(1)
+    judged = {str(q): {f"p{i}" for i in draw.sample(range(30), draw.randint(1, 6))} for q in range(20)}
+    ranked = {str(q): [f"p{i}" for i in draw.sample(range(30), draw.randint(1, 9))] for q in range(19)}
+    texts = {
+        "topics.tsv": [f"{q}\tquestion {q}?" for q in judged],
+        "qrels": [f"{q} 0 {p} {int(p in judged[q])}" for q in judged for p in sorted(judged[q] | {"p0"})],
+        "run": [f"{q} Q0 {p} {i} {-i} x" for q, names in ranked.items() for i, p in enumerate(names)],
+        "corpus.jsonl": [json.dumps({"id": f"p{i}", "text": f"Text {i}."}) for i in range(30)],
+    }
+    paths = {name: tmp_path / name for name in texts}
+    for name, lines in texts.items():
+        paths[name].write_text("".join(f"{line}\n" for line in lines))
+    command = ["prepare", "--input", paths["topics.tsv"], "--format", "topics", "--run", paths["run"], "--corpus"]
+    command += [paths["corpus.jsonl"], "--qrels", paths["qrels"], "--output", tmp_path / "rows.jsonl"]
+    assert run(app, list(map(str, command))).exit_code == 0
+    rows = [json.loads(line) | {"prediction": "x", "answers": ["y"]} for line in (tmp_path / "rows.jsonl").open()]
+    found = scores(tmp_path, rows).more
+    qrels, ranking = (list(read(str(paths[of]))) for read, of in zip(READ_TREC, ("qrels", "run"), strict=True))
+    theirs = ir_measures.calc_aggregate(MEASURES, qrels, ranking)
+    ours = [found[name] for name in ("gold_recall@1", "gold_recall@5", "gold_recall@20", "mrr", "ndcg@10")]
+    assert ours == pytest.approx([theirs[measure] for measure in MEASURES])  # both in float64
+    assert 0 < found["gold_recall@20"] < 0.5
+
+
+READ_TREC = ir_measures.read_trec_qrels, ir_measures.read_trec_run
+
+
 def test_candidates_are_measured(tmp_path: Path) -> None:
     """By answer and by gold; golds by title count once; without names, the marked ones are all there are."""
     passages = [("Bo", "Nothing."), ("Rome", "It is."), ("Rome", "In Roma."), ("Acme", "Rome!")]
@@ -258,6 +292,7 @@ def test_what_is_wrong_in_a_row_is_named(tmp_path: Path) -> None:
     """The file, the row, the field and what was seen; or it is skipped and counted."""
     row = {"prediction": "x", "answers": ["y"]}
     assert not scores(tmp_path, [{"supporting_facts": 5, **row}]).more  # with which nothing is compared
+    assert scores(tmp_path, [{"metadata": 5, "candidates": [{"text": "y"}], **row}]).more["recall@1"] == 1
     for more, message in (
         (
             {"supporting_facts": [["A", "0"]], "predicted_supporting_facts": []},

@@ -1,6 +1,7 @@
 """Commands that ask a trained run: evaluate, answer, chat, inspect."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from enum import Enum
 from itertools import islice
@@ -44,6 +45,11 @@ def _reading(path: Path, format: str, on_error: OnError, pipeline: "RAGPipeline"
     return Reading(path, format=format, on_error=on_error.value, **needs)
 
 
+def _say_skipped(skipped: Counter[str], quiet: bool) -> None:
+    if skipped and not quiet:
+        typer.echo(f"skipped {skipped.total():,} rows: {dict(skipped)}", err=True)
+
+
 @app.command()
 def evaluate(
     run_dir: RunArgument,
@@ -76,8 +82,7 @@ def evaluate(
         output = output or Path(aside) / "predictions.jsonl"
         made = predict_file(pipeline, run_dir, reading, output, answer_target.value, num_samples, quiet)
         scores = measure_file(output, pipeline.settings.num_candidates, PRESETS[preset.value])
-    if made.skipped and not quiet:
-        typer.echo(f"skipped {made.skipped.total():,} rows: {dict(made.skipped)}", err=True)
+    _say_skipped(made.skipped, quiet)
     if as_json:
         typer.echo(scores_as_json(*scores))
     else:
@@ -97,6 +102,7 @@ def answer(
     format: FormatOption = "auto",
     dtype: DtypeOption = "auto",
     on_error: OnErrorOption = OnError.fail,
+    quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each question.")] = False,
 ) -> None:
     """Answer questions: the passages as the run ranks them, the answer, and what it was taken from."""
@@ -104,12 +110,12 @@ def answer(
 
     from rich.console import Console
 
-    from ..terminal import answer_record, answer_view
+    from ..terminal import answer_record, answer_view, shown
 
     if (query is None) == (input is None):
         raise typer.BadParameter("give one question, --query, or a file of them, --input")
     if searches := corpus is not None or retriever is not None:
-        show_log(False)
+        show_log(quiet)
     elif query is not None:
         raise typer.BadParameter("a question alone has no passages to answer from: give --corpus or --retriever")
     elif set_:
@@ -122,13 +128,13 @@ def answer(
         rows: Iterator[dict] = iter([{"id": None, "query": query, "candidates": _found(pipeline, search, str(query))}])
     else:
         needs = {} if search is None else {"num_selected": 0, "need_scores": False}
-        rows = _with_candidates(_reading(input, format, on_error, pipeline, **needs), pipeline, search)
+        rows = _with_candidates(_reading(input, format, on_error, pipeline, **needs), pipeline, search, quiet)
     for row in rows:
         answered = pipeline.answer(row["query"], row["candidates"])
         if as_json:
             typer.echo(json.dumps(answer_record(row, answered), ensure_ascii=False))
         else:
-            console.print(row["query"], style="bold", markup=False, highlight=False)
+            console.print(shown(row["query"], "bold"))
             console.print(answer_view(answered))
 
 
@@ -144,7 +150,7 @@ def _found(pipeline: "RAGPipeline", search: Any, query: str) -> list[dict]:
     return found
 
 
-def _with_candidates(reading: "Reading", pipeline: "RAGPipeline", search: Any) -> Iterator[dict]:
+def _with_candidates(reading: "Reading", pipeline: "RAGPipeline", search: Any, quiet: bool) -> Iterator[dict]:
     """Rows with their candidates, searched for or as they are; a file without any is refused."""
     for row in reading:
         try:
@@ -153,8 +159,7 @@ def _with_candidates(reading: "Reading", pipeline: "RAGPipeline", search: Any) -
             if reading.on_error == "fail":
                 raise
             reading.skipped[str(error)] += 1
-    if reading.skipped:
-        typer.echo(f"skipped {reading.skipped.total():,} rows: {dict(reading.skipped)}", err=True)
+    _say_skipped(reading.skipped, quiet)
     if not reading.number:
         raise InvalidInputError(f"{reading.path} has no questions")
 
@@ -203,6 +208,7 @@ def inspect(
     format: FormatOption = "auto",
     dtype: DtypeOption = "auto",
     on_error: OnErrorOption = OnError.fail,
+    quiet: QuietOption = False,
 ) -> None:
     """Show rows: query, answers, candidates (✓ holds an answer, ★ gold); with a run, what each permutation got."""
     from rich.console import Console
@@ -225,5 +231,6 @@ def inspect(
         if pipeline is not None:
             drawing = answer_target.value, seed, proposal_temperature
             console.print(weights_view(weigh_row(pipeline, found, num_generations, *drawing)))
+    _say_skipped(reading.skipped, quiet)
     if not count:
         raise InvalidInputError(f"{rows} has no rows" if row is None else f"{rows} has no row {row}")

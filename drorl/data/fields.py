@@ -30,9 +30,30 @@ class LeftOut(Exception):
     """A record that is whole, and not wanted."""
 
 
+def refuse_unwritable(name: str, value: object) -> None:
+    """Refuses what JSON has no number for, and NUL, which is a character of no text, anywhere in a value.
+
+    Raises:
+        Problem: there is one; `name` says where.
+    """
+    left = [value]
+    while left:
+        match left.pop():
+            case dict() as items:
+                left += items.values()
+            case list() as items:
+                left += items
+            case str() as text if "\0" in text:
+                raise Problem(name, "a NUL character", text)
+            case float() as number if not math.isfinite(number):
+                raise Problem(name, "no number", number)
+
+
 def text_of(record: Mapping[str, Any], name: str, default: str | None = None) -> str:
     """Returns a text of a record."""
     value = record.get(name, default)
+    if isinstance(value, (float, str)):
+        refuse_unwritable(name, value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)  # ids and years
     if not isinstance(value, str):
@@ -57,20 +78,25 @@ def answers_of(values: object, name: str) -> list[str]:
         raise Problem(name, "no list of answers", values)
     answers = [text_of({name: value}, name) for value in values]
     for answer in answers:
-        if _LIST.fullmatch(answer) and literal_list(answer) is not None:
+        if _BRACKETED.fullmatch(answer) and isinstance(_literal(answer), (list, tuple, set, dict)):
             raise Problem(name, "an answer that is the text of a list", answer)
     return list(dict.fromkeys(answer for answer in answers if answer.strip()))
 
 
-_LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
+_BRACKETED = re.compile(r"\s*(\[.*\]|\(.*\)|\{.*\})\s*", re.DOTALL)  # else 1,000 would be a pair of numbers
+
+
+def _literal(text: str) -> object:
+    """What a Python literal stands for, `None` if a text is none; nothing is evaluated."""
+    try:
+        return ast.literal_eval(text.strip()) if len(text) < MAX_TEXT else None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
 
 
 def literal_list(text: str) -> list | None:
-    """The list of texts that a Python literal stands for; nothing is evaluated."""
-    try:
-        value = ast.literal_eval(text) if len(text) < MAX_TEXT else None
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
+    """The list of texts that a Python literal stands for."""
+    value = _literal(text)
     return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
 
 

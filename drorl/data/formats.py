@@ -13,10 +13,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from drorl.errors import InvalidInputError
 
 from .fields import LeftOut, Problem, Row, answers_of, candidate, list_of, literal_list, objects_of, score_of, text_of
 
@@ -63,7 +60,7 @@ def _paragraphs(context: object, gold: Sequence[str]) -> list[Row]:
     for title, sentences in pairs:
         if not isinstance(title, str) or not isinstance(sentences, list):
             raise Problem("context", "no title with its sentences", [title, sentences])
-        text = " ".join(str(sentence).strip() for sentence in sentences).strip()
+        text = " ".join(text_of({"context": sentence}, "context").strip() for sentence in sentences).strip()
         if text:  # HotpotQA has empty paragraphs
             found.append(candidate(title, text, is_gold=title in gold if gold else None))
     return found
@@ -79,10 +76,13 @@ def drorl_row(record: Row) -> Row:
         score = score_of(item)
         texts = {"title": text_of(item, "title", ""), "text": text_of(item, "text")}
         candidates.append(item | texts | ({} if score is None else {"score": score}))
+    answers = answers_of(record.get("answers"), "answers")
+    if record["answers"] and not answers:
+        raise Problem("answers", "no answer that is not blank")
     return {
         "id": record.get("id"),
         "query": text_of(record, "query"),
-        "answers": answers_of(record.get("answers"), "answers"),
+        "answers": answers,
         "candidates": candidates,
         "metadata": {**(record.get("metadata") or {}), **more},
     }
@@ -231,18 +231,34 @@ def dro_row(record: Row) -> Row:
         quoted = title.startswith('"') and title.endswith('"') and len(title) > 1
         return (title[1:-1] if quoted else title.removesuffix(".")), rest[0].strip()
 
-    gold = set(map(passage, list_of(record, "positive", [])))
+    gold = dict.fromkeys(map(passage, list_of(record, "positive", [])))
     found = dict.fromkeys(map(passage, list_of(record, "retrieval")))
     return {
         "id": record.get("query_id"),
         "query": text_of(record, "question"),
         "answers": answers_of(record.get("answer"), "answer"),
         "candidates": [candidate(*pair, is_gold=pair in gold) for pair in found],
+        "metadata": _golds("gold_titles", (title for title, _ in gold)),
     }
 
 
 _SHOWN = re.compile(r"^\[(\d+)\]:?[ \t]*", re.MULTILINE)
 _ASKED = re.compile(r"(?:search query|query)(?: is)?: *(.+?)\.?$", re.IGNORECASE | re.MULTILINE)
+
+
+def _shown(prompt: str) -> dict[int, str]:
+    """The passages of a prompt by their numbers. Only the number that comes next begins one: a passage may have lines
+    that begin with others, such as its notes. What is behind the last passage repeats the query."""
+    starts: list[re.Match] = []
+    for match in _SHOWN.finditer(prompt):
+        if match[1] == str(len(starts) + 1):
+            starts.append(match)
+    end = prompt.rfind("\nSearch Query:", starts[-1].end() if starts else 0)
+    ends = [match.start() for match in starts[1:]] + [len(prompt) if end < 0 else end]
+    texts = [prompt[match.end() : stop] for match, stop in zip(starts, ends, strict=True)]
+    if starts and end < 0:
+        texts[-1] = re.split(r"\n\s*\n", texts[-1])[0]
+    return {number: text.strip() for number, text in enumerate(texts, start=1)}
 
 
 def rankzephyr_row(record: Row) -> Row:
@@ -252,15 +268,12 @@ def rankzephyr_row(record: Row) -> Row:
     if not {"human", "gpt"} <= said.keys():
         raise Problem("conversations", "no human's and no model's turn", sorted(said))
     asked = _ASKED.findall(said["human"])
-    parts = _SHOWN.split(said["human"])
-    shown = {int(number): text.strip() for number, text in zip(parts[1::2], parts[2::2], strict=True)}
+    shown = _shown(said["human"])
     order = [int(number) for number in re.findall(r"\[(\d+)\]", said["gpt"])]
     if not asked or not shown:
         raise Problem("conversations", "no query or no passages in the human's turn", said["human"])
     if len(set(order)) < len(order) or not set(order) <= shown.keys():
         raise Problem("conversations", "a ranking of passages that were not shown, or shown once", said["gpt"])
-    last = max(shown)  # what is behind the last passage repeats the query
-    shown[last] = re.split(r"\n\s*\n|\nSearch Query:", shown[last])[0].strip()
     order += [number for number in shown if number not in order]
     return {
         "id": record.get("id"),
@@ -311,11 +324,14 @@ def flashrag_passage(record: Row) -> Row:
     return {"id": record.get("id"), "title": title, "text": text}
 
 
+PSGS_COLUMNS = ("id", "text", "title")
+
+
 def psgs_passage(cells: list[str]) -> Row:
     """DPR's psgs_w100.tsv: id, text, title; a header first."""
     if len(cells) != 3:
         raise Problem("", "not three columns, id, text and title", cells)
-    if cells == ["id", "text", "title"]:
+    if cells == list(PSGS_COLUMNS):
         raise LeftOut("header")
     return {"id": cells[0], "title": cells[2], "text": cells[1]}
 
@@ -328,8 +344,11 @@ class Format:
     fields: frozenset[str]
     read: Callable[..., Row]
     has_answers: bool = True
+    """Whether a row without any is not whole."""
     quoted: bool = True
     """Of a table: whether a cell may stand in quotes."""
+    columns: tuple[str, ...] = ()
+    """Of a table: what a first row may name in another order, which is then that of the file."""
 
     def fits(self, record: object) -> bool:
         """Whether a record may be of this format. A table's is a list of cells."""
@@ -341,7 +360,7 @@ def _format(fields: str, read: Callable[..., Row], has_answers: bool = True) -> 
 
 
 ROWS: dict[str, Format] = {  # the first that fits is taken: what has more fields stands before what has fewer
-    "drorl": _format("query answers candidates", drorl_row),
+    "drorl": _format("query answers candidates", drorl_row, has_answers=False),  # those of a question alone are none
     "dpr-retriever": _format("question answers ctxs", dpr_retriever_row),
     "dpr": _format("question answers positive_ctxs", dpr_row),
     "2wiki": _format("question answer context supporting_facts evidences", hotpotqa_row),
@@ -364,19 +383,5 @@ ROWS: dict[str, Format] = {  # the first that fits is taken: what has more field
 PASSAGES: dict[str, Format] = {
     "flashrag-corpus": _format("contents", flashrag_passage),
     "passages": _format("text", passage),
-    "psgs": Format(frozenset(), psgs_passage),
+    "psgs": Format(frozenset(), psgs_passage, columns=PSGS_COLUMNS),
 }
-
-
-def format_of(record: object, formats: Mapping[str, Format], path: Path) -> str:
-    """Returns the name of the first format that a record fits.
-
-    Raises:
-        InvalidInputError: if there is none.
-    """
-    for name, known in formats.items():
-        if known.fits(record) or (isinstance(record, list) and not known.fields):
-            return name
-    seen = sorted(record) if isinstance(record, dict) else repr(record)[:80]
-    known = "; ".join(f"{name} ({' '.join(sorted(f.fields)) or 'a table'})" for name, f in formats.items())
-    raise InvalidInputError(f"{path}: a record with {seen} is of no format that is known. They are: {known}")

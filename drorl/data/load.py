@@ -38,7 +38,7 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         RowError: a record is broken.
         InvalidInputError: the source cannot be read, has no rows, or its questions have no candidates yet.
     """
-    reading = Reading(Path(source), split=split)
+    reading = Reading(Path(source), split=split, need_answers=True)
     first = next(iter(reading), None)
     if first is None:
         raise InvalidInputError(f"{source} has no rows")

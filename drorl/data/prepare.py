@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .fields import Row
+from .ids import count_equal, id_hashes
 from .packages import cache_dir, sha256_of
 from .reading import Reading
 from .shards import Shards, only_one
 
 SHARD_ROWS = 2_000
 FLASHRAG_2WIKI = 15_000
-VERSION = 2
+VERSION = 3
 """Raised when a reader makes other rows of the same file."""
 
 
@@ -34,6 +35,8 @@ class Prepared:
     passages: int
     with_gold: int
     """Rows of which a passage is marked as gold."""
+    equal_ids: int
+    """Rows with the id of an earlier one."""
 
     def __str__(self) -> str:
         parts = [
@@ -41,8 +44,10 @@ class Prepared:
         ]
         if self.without_candidates:
             parts.append(f"{self.without_candidates:,} rows have no candidates")
+        if self.equal_ids:
+            parts.append(f"warning: {self.equal_ids:,} rows have the id of an earlier row")
         parts += [f"skipped {count:,}: {kind}" for kind, count in self.skipped.most_common()]
-        if self.format == "flashrag" and self.rows == FLASHRAG_2WIKI:
+        if self.format == "flashrag" and self.rows == FLASHRAG_2WIKI and self.with_gold:  # other sets name none
             parts.append("FlashRAG's 2Wiki has 15,000 training rows where the original has 167,454")
         return "\n".join(parts)
 
@@ -81,7 +86,7 @@ def write_rows(
     counted = ("rows", "without_candidates", "passages", "with_gold")
     totals = {name: sum(note[name] for note in made["notes"]) for name in counted}
     skipped = sum((Counter(note["skipped"]) for note in made["notes"]), Counter())
-    return Prepared(format=made["format"], skipped=skipped, **totals)
+    return Prepared(format=made["format"], skipped=skipped, equal_ids=made["equal_ids"], **totals)
 
 
 def _made_before(output: Path, kept: Path) -> dict[str, Any]:
@@ -116,8 +121,10 @@ def _write(
                 progress.update(task, description=f"{name}: {sum(n['rows'] for n in shards.notes):,} rows")
         if reading.skipped:  # behind the last row
             shards.add([], _note([], reading))
+        equal_ids = count_equal(id_hashes(shards.lines(), sum(note["rows"] for note in shards.notes)))
         shards.finish()
-    return {"sha256": sha256_of(output), "format": reading.format, "notes": shards.notes}
+    made = {"sha256": sha256_of(output), "format": reading.format, "notes": shards.notes}
+    return made | {"equal_ids": equal_ids}
 
 
 def _note(block: list[Row], reading: Reading) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from drorl.errors import InvalidInputError
 
-from .fields import LeftOut, Problem, Row, list_of
+from .fields import LeftOut, Problem, Row, list_of, refuse_unwritable
 from .files import Record, records
-from .formats import PASSAGES, ROWS, Format, format_of
+from .formats import PASSAGES, ROWS, Format
 from .hub import dataset_records, is_dataset, open_dataset
 from .packages import sha256_of
 from .rows import RowError, problem_of
@@ -35,7 +35,7 @@ class Reading:
         split (`str`): of a BEIR folder or a data set.
         num_selected (`int`): a row with fewer candidates is not whole.
         need_scores (`bool`): nor is one of which a candidate has no score.
-        need_answers (`bool`): nor is one without answers, of a format that has none.
+        need_answers (`bool`): nor is one without answers, of a format that need not have any.
         start (`int`): so many records are passed over, and not looked at.
         skipped (`Counter`): how many records were left out, and why.
         number (`int`): of the last record that was read, from 1.
@@ -123,12 +123,21 @@ class Reading:
         self._refuse_options_of_others(known)
         table = not known.fields
         read = partial(known.read, **self.options)
+        order: list[int] = []
+        columns = known.columns
+        if isinstance(record, list) and len(record) == len(columns) and all(name in record for name in columns):
+            order = [record.index(name) for name in columns]
 
         def checked(record: object) -> Row:
             if not isinstance(record, list if table else dict):
                 raise Problem("", f"no record of the format {self.format}", record)
             try:
-                return read(record)
+                if isinstance(record, list) and len(record) == len(order):
+                    record = [record[place] for place in order]
+                row = read(record)
+                for name, value in row.items():
+                    refuse_unwritable(name, value)
+                return row
             except Problem:
                 raise
             except (TypeError, AttributeError, LookupError, OverflowError, ValueError) as error:  # something in it is
@@ -155,6 +164,20 @@ class Reading:
         asked = row if has_answers else {**row, "answers": ["-"]}
         problem = problem_of(asked, self.num_selected, self.need_scores)
         return row if problem is None else RowError(number, problem[0], problem[1] + problem[2], problem[1])
+
+
+def format_of(record: object, formats: Mapping[str, Format], path: Path) -> str:
+    """Returns the name of the first format that a record fits.
+
+    Raises:
+        InvalidInputError: if there is none.
+    """
+    for name, known in formats.items():
+        if known.fits(record) or (isinstance(record, list) and not known.fields):
+            return name
+    seen = sorted(record) if isinstance(record, dict) else repr(record)[:80]
+    known = "; ".join(f"{name} ({' '.join(sorted(f.fields)) or 'a table'})" for name, f in formats.items())
+    raise InvalidInputError(f"{path}: a record with {seen} is of no format that is known. They are: {known}")
 
 
 def read_aliases(path: Path) -> dict[str, list[str]]:

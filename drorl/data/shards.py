@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,12 @@ class Shards:
         aside.write_text(json.dumps(note))
         aside.replace(self._path("json"))  # the last step: a shard counts once this exists
         self.notes.append(note)
+
+    def lines(self) -> Iterator[bytes]:
+        """Yields the lines of the finished shards."""
+        for number in range(len(self.notes)):
+            with (self.folder / f"{number:06d}.lines").open("rb") as shard:
+                yield from shard
 
     def __enter__(self) -> "Shards":
         return self

@@ -58,12 +58,14 @@ def read_run(path: Path) -> dict[str, Ranking]:
     """Returns the passages that a system has found for each query, best first; the scores decide, as in trec_eval.
 
     Raises:
-        RowError: a line is none of a run.
+        RowError: a line is none of a run, or repeats a passage of its query.
     """
-    found: dict[str, Ranking] = defaultdict(list)
+    found: dict[str, dict[str, float]] = defaultdict(dict)
     for number, (query, _, passage, _, score, _) in _columns(path, (6,)):
-        found[query].append((passage, _number(score, path, number, "score")))
-    return {query: sorted(ranking, key=lambda pair: -pair[1]) for query, ranking in found.items()}
+        if passage in found[query]:
+            raise RowError(number, "passage-id", f"{passage!r} has been found for {query!r} before", path=path)
+        found[query][passage] = _number(score, path, number, "score")
+    return {query: sorted(ranking.items(), key=lambda pair: -pair[1]) for query, ranking in found.items()}
 
 
 def beir_records(folder: Path, split: str = "test") -> Iterator[Record]:

@@ -10,13 +10,16 @@ Source: Kamphuis et al., Which BM25 do you mean?, ECIR 2020, Table 1 (Lucene, ac
 """
 
 import json
+import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,7 +32,7 @@ from drorl.data.shards import only_one
 from drorl.errors import InvalidInputError
 
 from .corpus import SHARD_PASSAGES, Corpus
-from .facts import read_facts, replace, write_facts
+from .facts import damage_named, read_facts, replace, write_facts
 from .retrievers import Place, settings_of
 
 _WORD = re.compile(r"(?u)\b\w\w+\b")  # bm25s's own
@@ -38,7 +41,7 @@ _ROUNDING = 1 - 1e-5
 """Sums in another order differ in their last bits: a passage is left out only if it is further away than that."""
 VERSION = 2
 Postings: TypeAlias = tuple[np.ndarray, np.ndarray, float]
-"""The passages that hold a term, in their order, its score in each, and the largest of these."""
+"""The passages that hold a term, in their order, what a query gets of it in each, and the largest of these."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,10 @@ class BM25Settings:
     stop_words: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.k1 >= 0 and 0 <= self.b <= 1):
-            raise InvalidInputError(f"k1={self.k1} is not to be negative, and b={self.b} lies between 0 and 1")
+        if not (0 <= self.k1 < math.inf and 0 <= self.b <= 1):
+            raise InvalidInputError(
+                f"k1={self.k1} is a number that is not negative, and b={self.b} lies between 0 and 1"
+            )
         if self.stemmer is not None and self.stemmer not in algorithms():
             raise InvalidInputError(f"no stemmer {self.stemmer!r}; there are {', '.join(algorithms())}")
 
@@ -105,8 +110,9 @@ class BM25:
         if settings not in (None, self.settings):
             raise InvalidInputError(f"{folder} was made with {self.settings}: make it again with drorl index")
         self.key = f"bm25 {json.dumps(facts, sort_keys=True)}"
-        self._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
-        self._largest = np.load(folder / _LARGEST)
+        with damage_named(folder):
+            self._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+            self._largest = np.load(folder / _LARGEST)
 
     @classmethod
     def build(cls, corpus: Corpus, folder: Path, settings: BM25Settings | None = None) -> "BM25":
@@ -132,23 +138,26 @@ class BM25:
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(partial(self._search, k=k), asked))
 
-    def _known_terms(self, query: str) -> list[int]:
+    def _known_terms(self, query: str) -> list[tuple[int, int]]:
+        """The numbers of a query's terms, in their order, and how often each occurs."""
         numbers = self._index.vocab_dict
-        return sorted(numbers[term] for term in terms_of(query, self.settings) if term in numbers)
+        return sorted(Counter(numbers[term] for term in terms_of(query, self.settings) if term in numbers).items())
 
-    def _search(self, terms: list[int], k: int) -> list[dict[str, Any]]:
+    def _search(self, terms: list[tuple[int, int]], k: int) -> list[dict[str, Any]]:
         if not terms or k < 1:
             return []
-        found, scores = _best([self._postings(term) for term in terms], k, len(self.corpus))
+        found, scores = _best([self._postings(*term) for term in terms], k, len(self.corpus))
         return [
             {**self.corpus[position], "score": score, "rank": rank}
             for rank, (position, score) in enumerate(zip(found.tolist(), scores.tolist(), strict=True), start=1)
         ]
 
-    def _postings(self, term: int) -> Postings:
+    def _postings(self, term: int, count: int) -> Postings:
         start, end = (int(self._index.scores["indptr"][i]) for i in (term, term + 1))
         passages, scores = (self._index.scores[name][start:end] for name in ("indices", "data"))
-        return passages, scores, float(self._largest[term])
+        if count > 1:  # else they stay where they are, on disk
+            scores = scores * np.float32(count)
+        return passages, scores, count * float(self._largest[term])
 
 
 def _best(lists: Sequence[Postings], k: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,8 +177,8 @@ def _best(lists: Sequence[Postings], k: int, count: int) -> tuple[np.ndarray, np
     lists = sorted(lists, key=lambda postings: len(postings[0]))
     scores = np.zeros(count, dtype=np.float32)
     found, least = None, 0.0  # the passages that can be among the best (or any), and what k passages have reached
-    for number, (passages, weights, _) in enumerate(lists):
-        left = sum(largest for _, _, largest in lists[number:])
+    bounds = list(accumulate((largest for _, _, largest in reversed(lists)), initial=0.0))  # of the last lists
+    for left, after, (passages, weights, _) in zip(bounds[:0:-1], bounds[-2::-1], lists, strict=True):
         if found is None and left < least * _ROUNDING:
             found = np.flatnonzero(scores >= least * _ROUNDING - left)
         if found is None:
@@ -182,7 +191,7 @@ def _best(lists: Sequence[Postings], k: int, count: int) -> tuple[np.ndarray, np
         if len(reached) >= k:
             least = max(least, float(np.partition(reached, -k)[-k]))
         if found is not None:
-            found = found[reached >= least * _ROUNDING - (left - lists[number][2])]
+            found = found[reached >= least * _ROUNDING - after]
     if found is None:
         found = np.flatnonzero(scores >= max(least, np.finfo(np.float32).tiny))
     best = found[np.lexsort((found, -scores[found]))[:k]]

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from drorl.data.files import MAX_RECORD_BYTES, records
+from drorl.data.files import MAX_RECORD_BYTES
 from drorl.data.formats import PASSAGES
+from drorl.data.ids import id_hashes
 from drorl.data.reading import Reading
 from drorl.data.rows import RowError
 from drorl.data.shards import Shards, only_one
 from drorl.errors import InvalidInputError
 
-from .facts import read_facts, replace, write_facts
+from .facts import damage_named, read_facts, replace, write_facts
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,12 @@ class Corpus:
         """Of the content: equal passages in equal order have equal keys."""
         self.skipped: Counter[str] = Counter(facts["skipped"])
         """How many records of the file were left out, and why."""
-        self._offsets = np.load(folder / _OFFSETS, mmap_mode="r")
-        self._file = (folder / _FILE).open("rb")  # read, not mapped: what is mapped counts as this process' memory
+        with damage_named(folder):
+            self._offsets = np.load(folder / _OFFSETS, mmap_mode="r")
+            self._file = (folder / _FILE).open("rb")  # read, not mapped: what is mapped counts as this process' memory
+            size, wanted = os.fstat(self._file.fileno()).st_size, int(self._offsets[-1])
+            if size != wanted:
+                raise ValueError(f"{_FILE} has {size:,} bytes of {wanted:,}")
 
     @classmethod
     def build(cls, source: Path, folder: Path, format: str = "auto", on_error: str = "fail") -> "Corpus":
@@ -102,7 +107,7 @@ def _make(reading: Reading, folder: Path, of: str) -> None:
         raise InvalidInputError(f"{reading.path} has no passages")
     first, later = _equal_ids(path, count)
     if len(later) and reading.on_error == "fail":
-        raise RowError(int(later[0]) + 1, "id", f"equal to that of passage {int(first[0]) + 1}", "equal ids")
+        raise _equal(reading, int(first[0]), int(later[0]))
     if len(later):
         skipped["equal ids"] = len(later)
         _leave_out(path, later, count)
@@ -111,20 +116,23 @@ def _make(reading: Reading, folder: Path, of: str) -> None:
     write_facts(folder / _FACTS, {"of": of, "key": key, "version": VERSION, "skipped": skipped})
 
 
+def _equal(reading: Reading, first: int, later: int) -> RowError:
+    """Says which records of the source have equal ids, whatever blank lines and headers stand before them."""
+    reading.start = 0
+    numbers = [reading.number for _ in islice(reading, later + 1)]
+    problem = f"equal to that of row {numbers[first]}"
+    return RowError(numbers[later], "id", problem, "equal ids", reading.path)
+
+
 def _save(path: Path, array: np.ndarray) -> None:
     with path.open("wb") as file:  # np.save puts .npy behind a name without it
         np.save(file, array)
 
 
 def _equal_ids(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the passages whose id an earlier one has, and these earlier ones, by 8 bytes of a hash of each id.
-
-    Of 21 million different ids, two have equal hashes with probability 1e-5.
-    """
-    hashes = np.empty(count, dtype=np.uint64)
-    for position, (_, passage) in enumerate(records(path)):
-        digest = hashlib.blake2b(passage["id"].encode(), digest_size=8).digest()
-        hashes[position] = int.from_bytes(digest, "little")
+    """Returns the earlier ones of passages with equal ids, and the later ones, by their hashes."""
+    with path.open("rb") as lines:
+        hashes = id_hashes(lines, count)
     order = np.argsort(hashes, kind="stable")
     equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     by_place = np.argsort(order[equal + 1])

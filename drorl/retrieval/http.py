@@ -222,6 +222,9 @@ def _candidates(found: object, k: int, where: str) -> list[Row]:
             candidates.append(_candidate(item, rank))
         except Problem as problem:
             raise Problem(f"{where}, passage {rank}", str(problem)) from problem
+    names = [c["id"] for c in candidates]
+    if twice := next((name for rank, name in enumerate(names) if name in names[:rank]), None):
+        raise Problem(where, "a passage that occurs twice", twice)
     return candidates
 
 
@@ -253,6 +256,13 @@ class HTTPSettings:
     timeout: float = 120.0
     batch_size: int = 64
     tries: int = 5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= threading.TIMEOUT_MAX or self.batch_size < 1 or self.tries < 1:
+            raise InvalidInputError(
+                f"timeout={self.timeout} is a number of seconds above 0, and batch_size={self.batch_size} and "
+                f"tries={self.tries} are 1 at least"
+            )
 
 
 def open_http(place: Place, given: Mapping[str, str]) -> HTTPRetriever:

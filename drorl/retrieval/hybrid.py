@@ -76,6 +76,8 @@ def open_hybrid(place: Place, given: Mapping[str, str]) -> Hybrid:
     """Opens the retrievers that are fused; `bm25.k1` is the setting `k1` of `bm25`."""
     settings = settings_of(HybridSettings, {name: text for name, text in given.items() if "." not in name})
     names = settings.of.split(",")
+    if len(set(names)) < len(names):
+        raise InvalidInputError(f"of={settings.of} names a retriever twice, which would count once")
     if stray := [name for name in given if "." in name and name.split(".")[0] not in names]:
         raise InvalidInputError(f"{stray[0]} is a setting of a retriever that is not fused: of={settings.of}")
     parts = {

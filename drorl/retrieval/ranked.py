@@ -17,7 +17,7 @@ class Ranked:
     Args:
         run (`dict`): see [`read_run`].
         corpus (`Path`): a file of passages, read once; those that the run names are kept in memory.
-        qrels (`dict`, *optional*): see [`read_qrels`]: marks the candidates that are relevant.
+        qrels (`dict`, *optional*): see [`read_qrels`]: marks the candidates that are relevant, and names all golds.
         top_k (`int`): candidates of each row.
     """
 
@@ -34,8 +34,18 @@ class Ranked:
             )
 
     def __call__(self, rows: Iterable[Row]) -> list[Row]:
-        """Returns the rows with their candidates; a row that the run lacks has none."""
-        return [{**row, "candidates": self._candidates(row["id"])} for row in rows]
+        """Returns the rows with their candidates; a row that the run lacks has none.
+
+        What is relevant is also named in `metadata`: it counts where the run has not found it.
+        """
+        return [
+            {**row, "candidates": self._candidates(row["id"]), "metadata": row["metadata"] | self._golds(row["id"])}
+            for row in rows
+        ]
+
+    def _golds(self, query: str) -> dict[str, list[str]]:
+        gold = (self.qrels or {}).get(query)
+        return {"gold_ids": gold} if gold else {}
 
     def _candidates(self, query: str) -> list[dict[str, Any]]:
         gold = None if self.qrels is None else self.qrels.get(query, [])
