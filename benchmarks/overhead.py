@@ -83,7 +83,7 @@ def measure(steps: int) -> dict[str, Any]:
         "step_seconds": round(each, 3),
         "checkpoint_seconds": round(checkpoint, 3),
         "checkpoint_mib": round(saved / 2**20, 1),
-        "checkpoints": meter.calls["checkpoints"],
+        "checkpoints_made": meter.calls["checkpoints"],
         "steps": steps,
     }
 
