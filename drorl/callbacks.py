@@ -1,8 +1,11 @@
-"""Callbacks: EM iterations with early stopping, a budget in minutes, Ctrl-C, a progress bar."""
+"""Callbacks: EM iterations with early stopping, a budget in minutes, Ctrl-C and preemption, a progress bar."""
 
 import signal
+import sys
 import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -82,34 +85,75 @@ class TimeBudgetCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Turns the first Ctrl-C into "finish this step, save, stop"; a second one stops at once."""
+    """Turns a signal into "finish this step, save, stop"; a second Ctrl-C stops at once.
 
-    EXIT_CODE = 130  # 128 + SIGINT, as a shell reports it
+    Schedulers warn before they kill, some more than once: SIGTERM (Kubernetes, `scancel`), and SIGUSR1 where a job has
+    asked for it (Slurm's `--signal=USR1@120`), which is to end as a success, so that it may be queued again.
+    """
+
+    EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 0}
+    """128 + the signal's number, as a shell reports it; 0 for the one that was asked for."""
 
     def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: Any = None
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether training has stopped, or is about to, because of a signal."""
+        return self.received is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What the program is to exit with; 0 without a signal."""
+        return 0 if self.received is None else self.EXIT_CODES[signal.Signals(self.received)]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
-            signal.signal(signal.SIGINT, self._previous)  # training ends here, without `on_train_end`
+        if number == self.received == signal.SIGINT:
+            self._give_back()  # training ends here, without `on_train_end`
             raise KeyboardInterrupt
-        self.interrupted = True
-        logger.warning("Interrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")
+        if self.received is None:
+            self.received = number
+            at_once = " Press Ctrl-C again to stop at once." if number == signal.SIGINT else ""
+            logger.warning(f"{signal.Signals(number).name}: finishing this step, then saving.{at_once}")
+
+    def _give_back(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            self._previous = {number: signal.signal(number, self._handle) for number in self.EXIT_CODES}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.interrupted = any(gather_object([self.interrupted]))  # one stops, all stop
+        self.received = next(filter(None, gather_object([self.received])), None)  # one stops, all stop
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+            control.should_evaluate = False  # time may be short; the resumed run makes up for it
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.interrupted:  # the epoch is not over, or is evaluated by the resumed run; all is saved
+            control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        self._give_back()
+
+
+@contextmanager
+def leaving_on_signals() -> Generator[None]:
+    """Outside of training there is nothing to save: a scheduler's signal ends the program, with its exit code."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(InterruptCallback.EXIT_CODES[signal.Signals(number)])
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class RichProgressCallback(TrainerCallback):

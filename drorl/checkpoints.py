@@ -2,28 +2,34 @@
 
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput, rotate_checkpoints
+from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .adapters import REFERENCE, ROLES, SELECTOR, load_adapter_weights, remember_selector
-from .errors import UserError
+from .buffer import packed, unpacked
+from .errors import InvalidInputError, OutputError, UserError
+from .manifest import STAGING, check_writable, find_checkpoint, newest_whole, problem_of, write_manifest
 from .pipeline import RAGPipeline
 from .randomness import RandomState
 
 CRITIC_FILE = "critic.safetensors"
+logger = logging.get_logger(__name__)
 
 
 class ResumableSampler(RepeatSampler):
@@ -59,8 +65,16 @@ def publish_checkpoint(staging: Path, run_dir: Path, state: TrainerState, save_t
     if best.name == name or best.is_dir():  # a step may be evaluated best without having been saved
         state.best_model_checkpoint = str(best)
     state.save_to_json(str(staging / name / TRAINER_STATE_NAME))  # it named the best checkpoint's place in `staging`
-    shutil.rmtree(run_dir / name, ignore_errors=True)
-    os.replace(staging / name, run_dir / name)
+    write_manifest(staging / name)
+    place, replaced = run_dir / name, staging / "replaced"
+    if place.exists():  # the same step, saved before; a kill before the next rename is mended by `finish_publishing`
+        os.replace(place, replaced)
+    try:
+        os.replace(staging / name, place)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, place)
+        raise
     if (staging / "README.md").exists():  # the model card
         os.replace(staging / "README.md", run_dir / "README.md")
     shutil.rmtree(staging)
@@ -72,15 +86,41 @@ def publish_checkpoint(staging: Path, run_dir: Path, state: TrainerState, save_t
     )
 
 
+class GoOn(TrainerCallback):
+    """Goes on from a checkpoint once the Trainer has begun, which starts its counts anew."""
+
+    def __init__(self, trainer: "AtomicCheckpoints", checkpoint: str):
+        self.trainer, self.checkpoint = trainer, Path(checkpoint)
+        self.began = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.began = state.global_step
+        self.trainer.go_on_from(self.checkpoint)
+        self.trainer.evaluate_what_is_owed()
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == self.began:  # there was no step left to make, so there is nothing new
+            control.should_save = control.should_evaluate = False
+
+
 class AtomicCheckpoints(GRPOTrainer):
     """The part of [`DROTrainer`] that saves both adapters and goes on from them."""
 
     pipeline: RAGPipeline
-    _step_began: tuple[int, RandomState] | None = None
+    _step_began: tuple[int, RandomState, dict[str, Any]] | None = None
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableSampler:
         self._train_sampler = ResumableSampler(super()._get_train_sampler(dataset))
         return self._train_sampler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """As in `transformers.Trainer`, which would make one step more of a run that is resumed from its last one."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self.pipeline.save_pretrained(output_dir or self.args.output_dir, state_dict)
@@ -91,10 +131,30 @@ class AtomicCheckpoints(GRPOTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As in `transformers.Trainer`; a KL penalty is towards the selector as it is now, or was when a run began."""
+        """As in `transformers.Trainer`; a KL penalty is towards the selector as it is now, or was when a run began.
+
+        `resume_from_checkpoint` may be `"last"` too, which is `True`: the newest checkpoint that is whole.
+
+        Raises:
+            InvalidInputError: if there is no such checkpoint, or it is not what was written.
+            OutputError: if nothing can be written to `output_dir`, or a checkpoint cannot; the last one stays whole.
+        """
+        if self.args.should_save and self.args.save_strategy != "no":
+            check_writable(self.args.output_dir)
         if self.beta:
             remember_selector(self.pipeline.owner(SELECTOR))
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if not resume_from_checkpoint:
+            return super().train(None, trial, ignore_keys_for_eval)
+        wanted = "last" if resume_from_checkpoint is True else resume_from_checkpoint
+        checkpoint = find_checkpoint(self.args.output_dir, wanted)
+        if self.args.device.type == "cpu":  # `cpu:0` for one of several processes, which torch.load does not know
+            vars(self.args)["_setup_devices"] = torch.device("cpu")
+        going_on = GoOn(self, checkpoint)
+        self.add_callback(going_on)
+        try:
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self.remove_callback(going_on)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load_adapters(resume_from_checkpoint)
@@ -117,7 +177,75 @@ class AtomicCheckpoints(GRPOTrainer):
             save_file(self.pipeline.critic.state_dict(), folder / CRITIC_FILE)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        best = Path(self.state.best_model_checkpoint)
+        if problem := problem_of(best):
+            raise InvalidInputError(f"{best}, the best checkpoint, cannot be loaded: {problem}")
+        self._load_from_checkpoint(str(best))
+
+    def _progress(self) -> dict[str, Any]:
+        """Returns what a step leaves to the next one besides what transformers saves.
+
+        TRL's count of micro-batches and the rollouts that are still to be trained on; what has been measured since the
+        last log, and the losses that the next and the last entry of the log report; how many passages were cut.
+        """
+        prompts, ends = self.pipeline.prompts, self.args.steps_per_generation * self.num_iterations
+        return {
+            "micro_batches": self._step,
+            "buffer": self._buffered_inputs if self._step % ends else None,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "loss": self._tr_loss.clone(),
+            "logged_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "passages": (prompts.num_passages, prompts.num_truncated_passages),
+        }
+
+    def _put_back(self, progress: dict[str, Any]) -> None:
+        """Makes the progress what it was."""
+        prompts, metrics = self.pipeline.prompts, self._metrics["train"]
+        metrics.clear()
+        metrics.update(progress["metrics"])
+        self._step, self._buffered_inputs = progress["micro_batches"], progress["buffer"]
+        self._tr_loss, self._total_loss_scalar = progress["loss"], progress["logged_loss"]
+        self._globalstep_last_logged = progress["last_logged"]
+        prompts.num_passages, prompts.num_truncated_passages = progress["passages"]
+
+    def _progress_file(self, checkpoint: Path) -> Path:
+        """Each process has its own, as with random numbers."""
+        one_of_many = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return checkpoint / f"progress{one_of_many}.pt"
+
+    def _save_progress(self, checkpoint: Path) -> None:
+        progress = self._progress()
+        if progress["buffer"] is not None:
+            progress["buffer"] = [packed(batch) for batch in progress["buffer"]]
+        torch.save(progress, self._progress_file(checkpoint))
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Puts back the progress of a checkpoint; called when the Trainer has set all of it to that of a new run."""
+        path = self._progress_file(checkpoint)
+        if not path.is_file():
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            logger.warning(
+                f"{checkpoint} has no {path.name}: rollouts that were still to be trained on are drawn anew"
+            )
+            return
+        progress = torch.load(path, map_location=self.args.device, weights_only=True)
+        if progress["buffer"] is not None:
+            progress["buffer"] = [unpacked(self.pipeline, self.args, batch) for batch in progress["buffer"]]
+        self._put_back(progress)
+
+    def evaluate_what_is_owed(self) -> None:
+        """Makes up for the evaluation of a checkpoint's step, if the run was stopped before it: an EM iteration."""
+        args, state = self.args, self.state
+        due = {
+            IntervalStrategy.EPOCH: float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps,
+            IntervalStrategy.STEPS: state.global_step % (state.eval_steps or 1) == 0,
+        }
+        if not due.get(args.eval_strategy, False) or (args.eval_delay or 0) > state.global_step:
+            return
+        logged = chain.from_iterable(entry for entry in state.log_history if entry["step"] == state.global_step)
+        if not any(name.startswith("eval_") for name in logged):
+            self._determine_best_metric(self._evaluate(None, None), None)
 
     @contextmanager
     def saving_on(self, loss: type[UserError]) -> Generator[None]:
@@ -128,20 +256,47 @@ class AtomicCheckpoints(GRPOTrainer):
         """
         step, first = self.state.global_step, float(self.state.epoch or 0).is_integer()
         if self._step_began is None or self._step_began[0] != step:
-            self._step_began = step, self._train_sampler.epoch_began if first else RandomState()
+            random = self._train_sampler.epoch_began if first else RandomState()
+            self._step_began = step, random, self._progress()
         try:
             yield
         except loss as error:
             if step == 0:
                 raise
-            self._step_began[1].restore()
+            _, random, progress = self._step_began
+            random.restore()
+            self._put_back(progress)
             self._save_checkpoint(self.model, None)
             raise loss(f"{error}. The run is saved at step {step}: go on with resume_from_checkpoint") from error
+
+    @contextmanager
+    def _telling_why(self, run_dir: Path) -> Generator[None]:
+        """Says in one line why a checkpoint could not be written, and from which one to go on."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as a RuntimeError
+            shutil.rmtree(run_dir / STAGING, ignore_errors=True)
+            free = f"{shutil.disk_usage(run_dir).free / 2**30:.2f} GiB free"
+            failed = f"the checkpoint of step {self.state.global_step} cannot be written to {run_dir} ({free})"
+            whole = newest_whole(run_dir)
+            last = (
+                f"{whole.name} is whole: go on from it with resume_from_checkpoint" if whole else "there is none yet"
+            )
+            raise OutputError(f"{failed}: {str(error).splitlines()[0]}. {last}") from error
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes the checkpoint aside and renames it, so that a full disk or a kill leaves the previous one whole."""
         run_dir = Path(self.args.output_dir)
-        staging = run_dir / ".incomplete"
+        with self._telling_why(run_dir):
+            self._write_aside(model, trial, run_dir / STAGING)
+            if self.args.should_save:
+                publish_checkpoint(run_dir / STAGING, run_dir, self.state, self.args.save_total_limit)
+        best = broadcast_object_list([self.state.best_model_checkpoint])  # other processes know its staging place
+        self.state.best_model_checkpoint = best[0]
+
+    def _write_aside(self, model: nn.Module, trial: Any, staging: Path) -> None:
+        """Writes the checkpoint of this step, all processes their part of it, to a directory in `staging`."""
+        run_dir, checkpoint = self.args.output_dir, staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -149,11 +304,9 @@ class AtomicCheckpoints(GRPOTrainer):
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.output_dir = str(run_dir)
+            self.args.output_dir = run_dir
         if self.args.should_save:
-            self._save_helpers(staging / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
-        if self.args.should_save:
-            publish_checkpoint(staging, run_dir, self.state, self.args.save_total_limit)
-        best = broadcast_object_list([self.state.best_model_checkpoint])  # other processes know its staging place
-        self.state.best_model_checkpoint = best[0]
+            self._save_helpers(checkpoint)
+        if not self.args.save_only_model:
+            self._save_progress(checkpoint)
+        self.accelerator.wait_for_everyone()  # each process writes its random numbers and its progress

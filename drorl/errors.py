@@ -9,6 +9,10 @@ class InvalidInputError(UserError, ValueError):
     """A value that cannot be used."""
 
 
+class OutputError(UserError, OSError):
+    """What is to be kept cannot be written."""
+
+
 class DivergedError(UserError):
     """A model's probabilities are no numbers any more."""
 

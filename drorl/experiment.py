@@ -20,13 +20,13 @@ from datasets import Dataset
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
-from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import ROLES
 from .config import DROConfig
 from .data.rows import validate_rows
-from .errors import InvalidInputError
+from .errors import OutputError
 from .evaluation import Record, aggregate, evaluate_rows, per_question, score_permutations
+from .manifest import find_checkpoint
 from .metrics import contains_answer
 from .models import measure_gflops
 from .pipeline import RAGPipeline
@@ -108,10 +108,13 @@ class Experiment:
     def _write(self, path: Path, text: str) -> None:
         """Writes a text aside and renames it, from the main process alone."""
         if PartialState().is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".tmp")
-            aside.write_text(text)
-            aside.replace(path)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside.write_text(text)
+                aside.replace(path)
+            except OSError as error:
+                raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
     def _evaluate(self, label: str, pipeline: RAGPipeline, ranking: str | None, seconds: float | None) -> list[Record]:
         self.dtype = str(pipeline.model.dtype).removeprefix("torch.")
@@ -239,18 +242,13 @@ def warmup_config(
 
 
 def last_checkpoint(config: DROConfig) -> str | None:
-    """Returns the checkpoint to resume from: `resume_from_checkpoint`, where `last` stands for the newest in the run.
+    """Returns the checkpoint to resume from: `resume_from_checkpoint`, where `last` is the newest one that is whole.
 
     Raises:
-        InvalidInputError: if it does not exist.
+        InvalidInputError: if there is none, or it is not what was written.
     """
     wanted = config.resume_from_checkpoint
-    if wanted is None:
-        return None
-    found = get_last_checkpoint(config.output_dir) if wanted == "last" and Path(config.output_dir).is_dir() else wanted
-    if found is None or not Path(found).is_dir():
-        raise InvalidInputError(f"there is no checkpoint {wanted!r} in {config.output_dir} to resume from")
-    return found
+    return None if wanted is None else find_checkpoint(config.output_dir, wanted)
 
 
 def set_aside(run_dir: Path) -> None:

@@ -167,7 +167,7 @@ def draw_rollouts(
         olds = [None] * len(sampled) if values is None else values.detach()
         drawn = [{**vars(draw), "old_values": old} for draw, old in zip(sampled, olds, strict=True)]
     triples = zip(questions, prompts, drawn, strict=True)
-    return [_rollout(pipeline, config, question, prompt, **draw) for question, prompt, draw in triples], decisions
+    return [rollout_of(pipeline, config, question, prompt, **draw) for question, prompt, draw in triples], decisions
 
 
 def read_rollout(
@@ -178,7 +178,7 @@ def read_rollout(
     texts = pipeline.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     parsed = [parse_permutation(text, prompt.identifiers, config.num_selected) for text in texts]
     drawn |= {"completion_ids": completion_ids, "valid_rate": sum(p.valid for p in parsed) / len(parsed)}
-    return _rollout(pipeline, config, question, prompt, [p.permutation for p in parsed], **drawn)
+    return rollout_of(pipeline, config, question, prompt, [p.permutation for p in parsed], **drawn)
 
 
 def remember(pipeline: RAGPipeline, config: DROConfig, rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -250,7 +250,7 @@ def answer_logps_of(
     return stack(parts).to(model.device)
 
 
-def _rollout(
+def rollout_of(
     pipeline: RAGPipeline,
     config: DROConfig,
     question: Question,

@@ -131,10 +131,12 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
     from drorl import DROTrainer
     from drorl.callbacks import EMIterationCallback, InterruptCallback, RichProgressCallback, TimeBudgetCallback
     from drorl.experiment import Experiment, before_after, example_table, last_checkpoint, set_aside, warmup_config
+    from drorl.manifest import check_writable
     from drorl.report import summary_table, write_report
 
     torch.manual_seed(config.seed)
     run_dir, budget = Path(config.output_dir), script.max_minutes and 60 * script.max_minutes
+    check_writable(run_dir)
     checkpoint = last_checkpoint(config)
     rows, facts = load_data(script)
     model, tokenizer, generator, generator_tokenizer = load_model(script)
@@ -172,7 +174,7 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
         warm.train()
         if interrupt.interrupted:
             logger.warning("Stopped in the warm-up, which is not resumed: start again")
-            return InterruptCallback.EXIT_CODE
+            return interrupt.exit_code
         warm.save_model()
     elif warm is not None:
         warm.load_adapters(warm.args.output_dir)
@@ -191,7 +193,7 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
     trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.interrupted:
         logger.warning("Stopped at step %d. To go on: add --resume_from_checkpoint last", trainer.state.global_step)
-        return InterruptCallback.EXIT_CODE
+        return interrupt.exit_code
     trainer.save_model()
     test.evaluate("dro", "DRO", trainer.pipeline)
     after = test.examples("dro", trainer.pipeline)
@@ -208,7 +210,7 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
 
 
 def run() -> int:
-    """Runs the recipe; a user's mistake is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    """Runs the recipe; a user's mistake is one line on stderr and exit code 2, a signal's is `InterruptCallback`'s."""
     if {"-h", "--help"} & set(sys.argv):
         sys.stdout.write(help_text(__doc__ or "", ScriptArguments, DROSettings))
         return 0
@@ -216,6 +218,7 @@ def run() -> int:
     from trl import TrlParser
 
     from drorl import DROConfig
+    from drorl.callbacks import leaving_on_signals
 
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("drorl").setLevel(logging.INFO)
@@ -225,7 +228,8 @@ def run() -> int:
         logger.error("%s", error)
         return 2
     try:
-        return main(*arguments)
+        with leaving_on_signals():
+            return main(*arguments)
     except UserError as error:
         logger.error("%s", error)
         return 2

@@ -20,13 +20,18 @@ def task() -> dict[str, Any]:
     return json.loads(os.environ[_TASK])
 
 
-def launch(test: str, processes: int, marker: str, /, **given: Any) -> None:
-    """Runs a worker, `file::name`, in so many processes, on CPUs and one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "pytest", "-m", marker, "-q", "-p", "no:cacheprovider", test]
+def run_worker(test: str, marker: str, python: Sequence[str], /, **given: Any) -> None:
+    """Runs a worker, `file::name`, by a Python that is started so, on CPUs and one thread."""
+    command = [*python, "-m", "pytest", "-m", marker, "-q", "-p", "no:cacheprovider", test]
     environment = os.environ | {_TASK: json.dumps(given), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-3000:]
+
+
+def launch(test: str, processes: int, marker: str, /, **given: Any) -> None:
+    """Runs a worker in so many processes."""
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    run_worker(test, marker, several, **given)
 
 
 def kill_once(reached: Callable[[], bool], command: Sequence[Any], seconds: float) -> None:

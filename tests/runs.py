@@ -1,5 +1,6 @@
 """Short training runs on tiny models, and what is read from them."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from helpers import Gradients, accumulated
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from drorl.adapters import adapter_parameters
+from drorl.adapters import GENERATOR, SELECTOR, adapter_parameters
 from drorl.config import DROConfig
+from drorl.trainer import DROTrainer
 
 State = dict[str, torch.Tensor]
 
@@ -68,6 +70,27 @@ def assert_identical(actual: Mapping[str, torch.Tensor], expected: Mapping[str, 
     assert expected
     changed = [name for name, value in expected.items() if not torch.equal(actual[name], value)]
     assert not changed, f"differ: {', '.join(changed)}"
+
+
+def both_adapters(trainer: DROTrainer) -> dict[str, torch.Tensor]:
+    """A copy of the weights of both roles."""
+    return adapter_state(trainer.model, SELECTOR) | adapter_state(trainer.model, GENERATOR)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+# What a log says of the machine rather than of the run.
+OF_THE_MACHINE = ("step_time", "memory/peak_gib", "runtime", "samples_per_second", "steps_per_second")
+
+
+def measured(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The log without times and memory: two runs with equal weights have equal ones."""
+    assert log_history
+    return [{k: v for k, v in entry.items() if not k.endswith(OF_THE_MACHINE)} for entry in log_history]
 
 
 def smallest_move(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from runs import assert_identical, both_adapters, measured
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -124,63 +125,110 @@ def test_with_time_to_spare_the_steps_decide(make_trainer: Make, clock: Clock) -
     assert rates == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
 
 
-# -------------------------------------------------------------------------------------------------------------- Ctrl-C
+# ------------------------------------------------------------------------------------------------------------- signals
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def handlers() -> list[Any]:
+    """Who handles the signals now."""
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
 @pytest.fixture(autouse=True)
 def signals_as_they_were() -> Iterator[None]:
-    """Whatever a test leaves behind, the next one finds Python's own handler of SIGINT."""
-    previous = signal.getsignal(signal.SIGINT)
+    """Whatever a test leaves behind, the next one finds the handlers of before."""
+    previous = handlers()
     yield
-    signal.signal(signal.SIGINT, previous)
+    for number, handler in zip(SIGNALS, previous, strict=True):
+        signal.signal(number, handler)
 
 
-class PressCtrlC(TrainerCallback):
-    """Sends SIGINT to this process at the beginning of one step, once or more often."""
+class Send(TrainerCallback):
+    """Sends signals to this process at the beginning of one step."""
 
-    def __init__(self, step: int, times: int = 1):
-        self.step, self.times = step, times
+    def __init__(self, step: int, *signals: int):
+        self.step, self.signals = step, signals
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.step:
-            for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+            for number in self.signals:
+                os.kill(os.getpid(), number)
 
 
-def test_ctrl_c_saves_and_stops(make_trainer: Make, tmp_path: Path) -> None:
-    """SIGINT finishes the step, saves a checkpoint that can be resumed, stops, and gives the signal back."""
-    before = signal.getsignal(signal.SIGINT)
-    callback = InterruptCallback()
-    trainer = make_trainer(callbacks=[callback, PressCtrlC(step=2)], max_steps=50)
+@pytest.mark.parametrize(
+    ("signals", "exit_code"),
+    [
+        ((signal.SIGINT,), 130),
+        ((signal.SIGTERM,), 143),
+        ((signal.SIGUSR1,), 0),
+        ((signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM), 0),  # the first one is answered, and none stops at once
+        ((signal.SIGTERM, signal.SIGINT), 143),
+    ],
+)
+def test_a_signal_saves_and_stops(
+    signals: tuple[int, ...], exit_code: int, make_trainer: Make, tmp_path: Path
+) -> None:
+    """It finishes the step, saves a checkpoint that can be resumed, stops, and gives the signals back."""
+    before, callback = handlers(), InterruptCallback()
+    trainer = make_trainer(callbacks=[callback, Send(2, *signals)], max_steps=50)
     trainer.train()
     assert callback.interrupted
-    assert callback.EXIT_CODE == 130
+    assert callback.exit_code == exit_code
     assert trainer.state.global_step == 3
-    assert signal.getsignal(signal.SIGINT) is before
+    assert handlers() == before
     assert get_last_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / "checkpoint-3")
     resumed = make_trainer(max_steps=4)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
 
 
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_a_signal_neither_adds_nor_loses_an_evaluation(
+    strategy: str, step: int, make_trainer: Make, rows: Callable[..., Rows]
+) -> None:
+    """In an epoch's first step or in its last, after which it is evaluated: the resumed run's log is the same."""
+    settings: dict[str, Any] = {
+        "train_rows": rows(4, 6),
+        "eval_rows": rows(2, 6),
+        "eval_strategy": strategy,
+        "eval_steps": 2,
+        "save_strategy": strategy,
+        "save_steps": 2,
+        "max_steps": 4,
+    }
+    straight = make_trainer(output_dir="straight", **settings)
+    straight.train()
+    assert [entry["step"] for entry in straight.state.log_history if "eval_f1" in entry] == [2, 4]
+    stopped = make_trainer(callbacks=[InterruptCallback(), Send(step, signal.SIGTERM)], **settings)
+    stopped.train()
+    assert [entry for entry in stopped.state.log_history if "eval_f1" in entry] == []
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint="last")
+    assert measured(resumed.state.log_history) == measured(straight.state.log_history)
+    assert_identical(both_adapters(resumed), both_adapters(straight))
+
+
 def test_a_second_ctrl_c_stops_at_once(make_trainer: Make, tmp_path: Path) -> None:
-    """Two signals in one step end the run there, without a checkpoint, and give the signal back all the same."""
-    before = signal.getsignal(signal.SIGINT)
-    trainer = make_trainer(callbacks=[InterruptCallback(), PressCtrlC(step=2, times=2)], max_steps=50)
+    """Two of them in one step end the run there, without a checkpoint, and give the signals back all the same."""
+    before = handlers()
+    trainer = make_trainer(callbacks=[InterruptCallback(), Send(2, signal.SIGINT, signal.SIGINT)], max_steps=50)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.state.global_step == 2
     assert get_last_checkpoint(str(tmp_path / "run")) is None
-    assert signal.getsignal(signal.SIGINT) is before
+    assert handlers() == before
 
 
-def test_an_uninterrupted_run_gives_the_signal_back(make_trainer: Make, tmp_path: Path) -> None:
-    """Without a signal the callback changes nothing: all steps, no checkpoint, the handler of before."""
-    before = signal.getsignal(signal.SIGINT)
-    callback = InterruptCallback()
+def test_an_uninterrupted_run_gives_the_signals_back(make_trainer: Make, tmp_path: Path) -> None:
+    """Without a signal the callback changes nothing: all steps, no checkpoint, the handlers of before."""
+    before, callback = handlers(), InterruptCallback()
     trainer = make_trainer(callbacks=[callback], max_steps=2)
     trainer.train()
     assert not callback.interrupted
+    assert callback.exit_code == 0
     assert trainer.state.global_step == 2
-    assert signal.getsignal(signal.SIGINT) is before
+    assert handlers() == before
     assert get_last_checkpoint(str(tmp_path / "run")) is None
 
 

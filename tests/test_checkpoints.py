@@ -1,22 +1,34 @@
 """What is saved is whole, loads alone, and goes on as if nothing had happened."""
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from runs import DEFAULTS, adapter_state, assert_identical, base_state, config, smallest_move
+from runs import (
+    DEFAULTS,
+    adapter_state,
+    assert_identical,
+    base_state,
+    both_adapters,
+    config,
+    digests,
+    measured,
+    near_permutations,
+    smallest_move,
+)
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import drorl.two_roles
 from drorl.adapters import GENERATOR, SELECTOR, activate, adapter_parameters
+from drorl.callbacks import EMIterationCallback
 from drorl.pipeline import SETTINGS_FILE, RAGPipeline
 from drorl.trainer import DROTrainer
 
@@ -35,21 +47,10 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self.steps
 
 
-def both_adapters(trainer: DROTrainer) -> dict[str, torch.Tensor]:
-    """A copy of the weights of both roles."""
-    return adapter_state(trainer.model, SELECTOR) | adapter_state(trainer.model, GENERATOR)
-
-
 def optimizer_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a saved optimizer, by parameter and name."""
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     return {f"{i}/{name}": torch.as_tensor(value) for i, kept in state.items() for name, value in kept.items()}
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
@@ -60,17 +61,38 @@ RESUMABLE: dict[str, Any] = {
     "save_steps": 2,
     "shuffle_candidates": True,
     "lr_scheduler_type": "linear",
+    "max_passage_tokens": 9,  # cuts some passages and not others: their share is counted from the beginning
 }
 
 
 # A critic, and a reference that is neither zero nor the selector as it is when the run goes on.
 PPO: dict[str, Any] = {"selector_objective": "ppo", "beta": 0.3}
+# One E-step for two updates, or for four: what was drawn is still to be trained on when the run goes on.
+BUFFER: dict[str, Any] = {"steps_per_generation": 2}
+EPOCHS: dict[str, Any] = {**BUFFER, "num_iterations": 2}
+FREE_TEXT: dict[str, Any] = {
+    **EPOCHS,
+    "selector_objective": "grpo",
+    "constrained": False,
+    "max_completion_length": 6,
+}
+ACCUMULATED: dict[str, Any] = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
 
 
 @pytest.mark.parametrize(
     ("num_rows", "done", "objective"),
-    [(8, 2, {}), (8, 4, {}), (6, 4, {}), (8, 2, PPO)],
-    ids=["mid-epoch", "boundary", "epoch 2", "ppo"],
+    [
+        (8, 2, {}),
+        (8, 4, {}),
+        (6, 4, {}),
+        (8, 2, PPO),
+        (8, 3, {"logging_steps": 2}),
+        (8, 1, BUFFER),
+        (8, 3, {**PPO, **EPOCHS}),
+        (8, 1, FREE_TEXT),
+        (8, 1, ACCUMULATED),
+    ],
+    ids=["mid-epoch", "boundary", "epoch 2", "ppo", "log", "buffer", "epochs", "free text", "accumulated"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     num_rows: int,
@@ -78,14 +100,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     objective: dict[str, Any],
     make_trainer: Make,
     rows: Callable[..., Rows],
+    tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
     """Some steps, a checkpoint, a new process, two more steps: bit for bit what the steps at a stretch give.
 
-    A step takes two rows: with 8 rows step 2 is within the first epoch and step 4 ends it, with 6 step 4 is in the
-    second epoch, whose order of rows is another one.
+    The log is the same too, but for times and memory. A step takes two rows: with 8 rows step 2 is within the first
+    epoch and step 4 ends it, with 6 step 4 is in the second epoch, whose order of rows is another one.
     """
-    settings = {**RESUMABLE, **objective, "train_rows": rows(num_rows, 6), "max_steps": done + 2}
+    if objective is FREE_TEXT:
+        objective = objective | {"generation_kwargs": near_permutations(tokenizer)}
+    settings = {**RESUMABLE, "save_steps": done, **objective, "train_rows": rows(num_rows, 6), "max_steps": done + 2}
     straight = make_trainer(output_dir="straight", **settings)
     straight.train()
     make_trainer(output_dir="resumed", callbacks=[StopAfter(done)], **settings).train()
@@ -103,6 +128,56 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert_identical(both_adapters(resumed), both_adapters(straight))
     last = f"checkpoint-{done + 2}"
     assert_identical(optimizer_tensors(tmp_path / "resumed" / last), optimizer_tensors(tmp_path / "straight" / last))
+    assert measured(resumed.state.log_history) == measured(straight.state.log_history)
+
+
+def test_a_run_that_is_over_makes_no_step_more(make_trainer: Make, rows: Callable[..., Rows]) -> None:
+    """Resumed from its last step, in the middle of an epoch, a run ends at once, as it was, with the same log."""
+    settings = {**RESUMABLE, "train_rows": rows(8, 6), "max_steps": 3}
+    trainer = make_trainer(**settings)
+    trainer.train()
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint="last")
+    assert resumed.state.global_step == 3
+    assert_identical(both_adapters(resumed), both_adapters(trainer))
+    assert measured(resumed.state.log_history) == measured(trainer.state.log_history)
+
+
+class KilledError(BaseException):
+    """As good as a kill: nothing of the library catches it."""
+
+
+def test_an_evaluation_that_was_owed_is_made_up_for(
+    make_trainer: Make, rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between an epoch's checkpoint and its evaluation: that EM iteration counts, and stops the run."""
+    settings = {
+        **RESUMABLE,
+        "train_rows": rows(4, 6),
+        "eval_rows": rows(2, 6),
+        "eval_strategy": "epoch",
+        "metric_for_best_model": "f1",
+        "max_steps": 8,
+    }
+
+    def trainer_of(scores: list[float], **more: Any) -> DROTrainer:
+        values = iter(scores)
+        monkeypatch.setattr(drorl.two_roles, "aggregate", lambda records: {"f1": next(values)})
+        return make_trainer(callbacks=[EMIterationCallback("eval_f1")], **settings, **more)
+
+    straight = trainer_of([0.5, 0.4], output_dir="straight")
+    straight.train()
+    assert straight.state.global_step == 4
+    killed = trainer_of([0.5])
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(drorl.two_roles, "aggregate", Mock(side_effect=[{"f1": 0.5}, KilledError]))
+        killed.train()
+    assert killed.state.global_step == 4
+    resumed = trainer_of([0.4])
+    resumed.train(resume_from_checkpoint="last")
+    assert resumed.state.global_step == 4
+    assert measured(resumed.state.log_history) == measured(straight.state.log_history)
+    assert resumed.state.best_global_step == straight.state.best_global_step == 2
 
 
 def test_the_best_checkpoint_is_loaded_in_the_end(

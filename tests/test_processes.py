@@ -6,6 +6,7 @@ what fails in one process ends all.
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import torch
 from engines import SecondModel
 from peft import LoraConfig, get_peft_model
 from processes import launch, starter, task, worker
-from runs import largest_difference
+from runs import assert_identical, both_adapters, largest_difference, measured
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from drorl.adapters import GENERATOR, SELECTOR
+from drorl.callbacks import InterruptCallback
 from drorl.engines.base import EngineError
 from drorl.engines.sampler import EngineSampler
+from drorl.errors import InvalidInputError
 from drorl.trainer import DROTrainer
 
 pytestmark = pytest.mark.slow
@@ -146,3 +149,48 @@ def test_worker_of_an_engine(
 def test_an_engine_lost_by_one_process_ends_both(tmp_path: Path) -> None:
     """Neither waits for the other: both raise, and the checkpoint is whole."""
     launch(f"{__file__}::test_worker_of_an_engine", 2, "slow", run_dir=str(tmp_path))
+
+
+class TermToOne(TrainerCallback):
+    """The second process gets SIGTERM in its second step, the first one nothing."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@worker
+def test_worker_of_a_preemption(make_trainer: Callable[..., DROTrainer], rows: Callable[..., Any]) -> None:
+    """Stopped in the middle of a buffer and gone on from, both processes end where an uninterrupted run does."""
+    run_dir = Path(task()["run_dir"])
+    settings = {
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "logging_steps": 4,
+        "max_steps": 4,
+        "train_rows": rows(8, 6),
+    }
+    straight = make_trainer(output_dir=str(run_dir / "straight"), **settings)
+    straight.train()
+    interrupt = InterruptCallback()
+    stopped = make_trainer(output_dir=str(run_dir / "run"), callbacks=[interrupt, TermToOne()], **settings)
+    stopped.train()
+    assert stopped.state.global_step == 2
+    assert interrupt.exit_code == 143
+    names = {path.name for path in (run_dir / "run" / "checkpoint-2").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "progress_0.pt", "progress_1.pt"} <= names
+    resumed = make_trainer(output_dir=str(run_dir / "run"), **settings)
+    with pytest.raises(InvalidInputError, match="there is no checkpoint"):  # in both, though one looks
+        resumed.train(resume_from_checkpoint=str(run_dir / "checkpoint-7"))
+    resumed.train(resume_from_checkpoint="last")
+    assert_identical(both_adapters(resumed), both_adapters(straight))
+    assert measured(resumed.state.log_history) == measured(straight.state.log_history)
+
+
+@starter
+def test_a_signal_to_one_process_stops_both(tmp_path: Path) -> None:
+    """Neither goes on without the other; the checkpoint holds what each of them has drawn."""
+    launch(f"{__file__}::test_worker_of_a_preemption", 2, "slow", run_dir=str(tmp_path))

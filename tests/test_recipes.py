@@ -176,23 +176,54 @@ def test_a_second_run_sets_the_first_aside(recipe, flags, tmp_path):
     )
 
 
-@pytest.mark.parametrize("phase, resumable", [("warm-up", False), ("DRO", True)])
-def test_ctrl_c_saves_and_exits_with_130(recipe, flags, tmp_path, monkeypatch, phase, resumable):
-    """Ctrl-C ends the step that runs, and the exit code is 130; what DRO has done so far can be resumed."""
+@pytest.mark.parametrize(
+    "phase, resumable, number, code",
+    [
+        ("warm-up", False, signal.SIGINT, 130),
+        ("DRO", True, signal.SIGINT, 130),
+        pytest.param("DRO", True, signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param("DRO", True, signal.SIGUSR1, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_and_exits(recipe, flags, tmp_path, monkeypatch, phase, resumable, number, code):
+    """A signal ends the step that runs, with its exit code; what DRO has done so far can be resumed."""
     from drorl.callbacks import RichProgressCallback
 
-    def press(self, *_, **__):
+    def send(self, *_, **__):
         if self.title == phase:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(RichProgressCallback, "on_step_begin", press)
-        assert recipe.main(*parse(recipe, *flags)) == 130
+        patched.setattr(RichProgressCallback, "on_step_begin", send)
+        assert recipe.main(*parse(recipe, *flags)) == code
     assert (tmp_path / "run/checkpoint-1").is_dir() == resumable
+    assert not (tmp_path / "run/summary.json").exists()
     if resumable:
         assert recipe.main(*parse(recipe, *flags, "--resume_from_checkpoint", "last")) == 0
         history = json.loads((tmp_path / "run/log_history.json").read_text())
         assert [entry["step"] for entry in history if "selector/loss" in entry] == [1, 2]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
+def test_a_signal_outside_of_training_exits_at_once(recipe, flags, monkeypatch, number, code):
+    """Where there is nothing to save, the exit code is the same, and the handlers are those of before."""
+    from drorl.experiment import Experiment
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(sys, "argv", ["nq.py", *map(str, flags)])
+    monkeypatch.setattr(Experiment, "evaluate", lambda *_, **__: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as exit:
+        recipe.run()
+    assert exit.value.code == code
+    assert signal.getsignal(number) is before
+
+
+def test_an_output_directory_that_cannot_be_written_is_one_line(recipe, flags, monkeypatch, caplog):
+    """Nothing is loaded or trained when its result could not be kept; /proc takes no files, whoever asks."""
+    monkeypatch.setattr(sys, "argv", ["nq.py", *map(str, flags), "--output_dir", "/proc/run"])
+    assert recipe.run() == 2
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert re.fullmatch(r"nothing can be written to output_dir /proc/run: .+", line)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ OVERRIDDEN_TRL_HOOKS = {
     "training_step": ("model", "inputs", "num_items_in_batch"),
     "_compute_loss": ("model", "inputs"),
     "_get_train_sampler": ("dataset",),
+    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "_save_checkpoint": ("model", "trial"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
@@ -39,7 +40,11 @@ OVERRIDDEN_TRL_HOOKS = {
     "create_optimizer": ("model",),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
 }
-USED_TRL_HOOKS = {"_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations")}
+USED_TRL_HOOKS = {
+    "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations"),
+    "_evaluate": ("trial", "ignore_keys_for_eval"),
+    "_determine_best_metric": ("metrics", "trial"),
+}
 HOOKS = {**OVERRIDDEN_TRL_HOOKS, **USED_TRL_HOOKS}
 
 
@@ -82,7 +87,8 @@ def test_the_list_of_overrides_is_complete() -> None:
 
 def attributes_of_self() -> tuple[set[str], set[str]]:
     """The names that the methods of `DROTrainer` read from `self`, and those that they set."""
-    classes = [ast.parse(textwrap.dedent(inspect.getsource(cls))) for cls in (DROTrainer, TwoRoleTrainer)]
+    owners = (DROTrainer, TwoRoleTrainer, AtomicCheckpoints)
+    classes = [ast.parse(textwrap.dedent(inspect.getsource(cls))) for cls in owners]
     read, written = set(), set()
     for node in chain.from_iterable(map(ast.walk, classes)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
@@ -126,6 +132,15 @@ def test_metrics_are_lists_by_mode_and_name(stock_trainer: GRPOTrainer) -> None:
     stock_trainer.log(logs := {})
     assert logs["made/up"] == 2.0
     assert "made/up" not in stock_trainer._metrics["train"]
+
+
+def test_the_progress_of_a_run_is_where_it_is_looked_for(stock_trainer: GRPOTrainer) -> None:
+    """What a checkpoint adds to transformers' own: after a micro-batch of one step, not logged yet."""
+    assert stock_trainer._step == stock_trainer.state.global_step == 1
+    assert len(stock_trainer._buffered_inputs) == stock_trainer.args.steps_per_generation == 1
+    assert stock_trainer._globalstep_last_logged == 0
+    assert vars(stock_trainer.args)["_setup_devices"] == stock_trainer.args.device  # found once, and kept there
+    assert stock_trainer._total_loss_scalar == stock_trainer._tr_loss.item()  # added at the end of training
 
 
 def test_trl_refuses_a_group_of_one_in_the_words_that_are_looked_for() -> None:
