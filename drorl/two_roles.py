@@ -1,16 +1,18 @@
 """What the Trainer does for one model, done for two roles: gradients, optimizer, clipping, evaluation, logs."""
 
 import resource
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 from trl import GRPOConfig
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -21,7 +23,10 @@ from .engines.sampler import EngineSampler
 from .evaluation import Record, aggregate, evaluate_rows
 from .pipeline import RAGPipeline
 from .ppo import moments_of
-from .rollouts import Question, Rollout
+from .rollouts import Question, Rollout, batches
+from .sharding import most, shard, wants_sharding
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def peak_memory() -> float:
@@ -46,12 +51,33 @@ def trl_without(config: GRPOConfig, **settings: Any) -> Generator[None]:
         vars(config).update(wanted)
 
 
+def with_whole_models(method: Method) -> Method:
+    """Makes a method of a trainer one in which each process may make as many passes as it likes; no gradient."""
+
+    @wraps(method)
+    def run(self: "TwoRoleTrainer", *args: Any, **kwargs: Any) -> Any:
+        with self.pipeline.gathered():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)
+
+
 class TwoRoleTrainer(AtomicCheckpoints):
     """A trainer of the selector and the generator in `pipeline`, each with its own loss and learning rate."""
 
     pipeline: RAGPipeline
     sampler: EngineSampler | None
+    is_sharded = False
     last_records: list[Record]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `transformers.Trainer`, under the engines that drorl runs under.
+
+        Raises:
+            InvalidInputError: under another.
+        """
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = wants_sharding(self.accelerator)
 
     def _prepared(self, generator_model: PeftModel) -> PeftModel:
         """Does for a separate generator what TRL and the Trainer do for `model` only."""
@@ -60,7 +86,41 @@ class TwoRoleTrainer(AtomicCheckpoints):
         if self.args.gradient_checkpointing:
             generator_model.enable_input_require_grads()
             generator_model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        if self.is_fsdp_enabled:
+            return generator_model
         return self.accelerator.unwrap_model(self.accelerator.prepare_model(generator_model))
+
+    def _shard(self) -> None:
+        """Cuts the bases up where FSDP is asked for. Adapters are as under DDP then, and so is all the rest."""
+        if self.is_fsdp_enabled:
+            for model in self.pipeline.models:
+                shard(model, self.accelerator)
+            self.is_sharded, self.is_fsdp_enabled = True, False
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        """As in `transformers.Trainer`; a model that is cut up is ready, and accelerate would want the optimizer's."""
+        if not self.is_sharded:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.lr_scheduler = None
+        self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
+        self.create_scheduler(num_training_steps=max_steps)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        handler = self.callback_handler
+        handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        handler.train_dataloader = train_dataloader
+        return self.model, train_dataloader
+
+    def _in_step(self, rollouts: list[Rollout]) -> list[tuple[list[Rollout], float]]:
+        """Returns batches of rollouts, and each one's share of the queries.
+
+        A process with fewer of them than others has its last one again, for nothing, where all pass together.
+        """
+        groups = list(batches(rollouts, self.args.max_tokens_per_forward))
+        again = max(most(len(groups), model) for model in self.pipeline.models) - len(groups)
+        return [(group, len(group) / len(rollouts)) for group in groups] + again * [(groups[-1], 0.0)]
 
     def _trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Returns the parameters of each role that is trained."""
@@ -71,12 +131,6 @@ class TwoRoleTrainer(AtomicCheckpoints):
         """Returns what is stepped and clipped as one: each trained role, and PPO's critic."""
         critic = self.pipeline.critic
         return self._trained_parameters() | ({} if critic is None else {"critic": list(critic.parameters())})
-
-    def _with_graph(self, loss: torch.Tensor, role: str) -> torch.Tensor:
-        """Returns a role's loss, with a graph to train on though none of its samples is valid."""
-        if loss.requires_grad or not torch.is_grad_enabled():
-            return loss
-        return loss + torch.stack([0.0 * p.sum() for p in self._trained_parameters()[role]]).sum()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates the optimizer with one parameter group per trained role, each with its own learning rate."""

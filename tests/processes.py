@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 _TASK = "DRORL_TEST_TASK"
 worker = pytest.mark.skipif(_TASK not in os.environ, reason="runs inside the processes that another test starts")
 starter = pytest.mark.skipif(_TASK in os.environ, reason="this is a worker")
@@ -20,10 +22,15 @@ def task() -> dict[str, Any]:
     return json.loads(os.environ[_TASK])
 
 
-def launch(test: str, processes: int, marker: str, /, **given: Any) -> None:
-    """Runs a worker, `file::name`, in so many processes, on CPUs and one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "pytest", "-m", marker, "-q", "-p", "no:cacheprovider", test]
+def launched(engine: str, processes: int) -> list[str]:
+    """`accelerate launch` with `recipes/accelerate/<engine>.yaml`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={CONFIGS / engine}.yaml"]
+    return [*command, f"--num_processes={processes}", "--main_process_port=0"]
+
+
+def launch(test: str, processes: int, marker: str, /, engine: str = "ddp", **given: Any) -> None:
+    """Runs a worker, `file::name`, in so many processes under an engine, on CPUs and one thread each."""
+    command = [*launched(engine, processes), "-m", "pytest", "-m", marker, "-q", "-p", "no:cacheprovider", test]
     environment = os.environ | {_TASK: json.dumps(given), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-3000:]
