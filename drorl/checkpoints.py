@@ -24,6 +24,9 @@ from .pipeline import RAGPipeline
 from .randomness import RandomState
 
 CRITIC_FILE = "critic.safetensors"
+# The device of one of several processes on a CPU is `cpu:0` to accelerate, and the Trainer hands that to `torch.load`,
+# which knows `cpu` only: no such run could go on.
+torch.serialization.register_package(0, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None)
 
 
 class ResumableSampler(RepeatSampler):

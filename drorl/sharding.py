@@ -40,7 +40,7 @@ def wants_sharding(accelerator: Accelerator) -> bool:
             f"drorl does not run under {kind.value}: use recipes/accelerate/ddp.yaml, or fsdp2.yaml where the base "
             "takes too much memory"
         )
-    if accelerator.num_processes == 1 or not str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+    if not str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         return False
     # On CPUs accelerate passes over its own settings of FSDP.
     plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
@@ -56,7 +56,7 @@ def wants_sharding(accelerator: Accelerator) -> bool:
             f"drorl does not run with this {', '.join(name for name in wrong if wrong[name])}: take FSDP's settings "
             "from recipes/accelerate/fsdp2.yaml"
         )
-    return True
+    return accelerator.num_processes > 1
 
 
 def shard(model: PeftModel, accelerator: Accelerator) -> None:

@@ -14,7 +14,6 @@ models; the policy is constrained to valid permutations unless `constrained=Fals
 Shapes: B queries, m permutations of each, K chosen, T decisions (constrained: K) or tokens (free text).
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -54,7 +53,7 @@ from .rollouts import (
     sum_over_tokens,
 )
 from .states import checkpoints_gradients
-from .two_roles import TwoRoleTrainer, peak_memory, trl_without, with_whole_models
+from .two_roles import TwoRoleTrainer, trl_without, with_whole_models
 
 logger = logging.get_logger(__name__)
 
@@ -131,6 +130,7 @@ class DROTrainer(TwoRoleTrainer):
         if args.selector_objective == "ppo":
             self.pipeline.critic = ValueHead(self.model.config.get_text_config().hidden_size).to(self.model.device)
         self.last_records: list[Record] = []
+        self._sums = {}
         with self.pipeline.gathered():
             for module in self.pipeline.models:
                 refuse_dropout(module)
@@ -229,16 +229,14 @@ class DROTrainer(TwoRoleTrainer):
         if self.loss_type == "dapo":  # TRL counts the generation batch of all processes, of which this is a part
             items = inputs["num_items_in_batch"] / self.accelerator.num_processes / self.args.steps_per_generation
         loss = torch.zeros((), device=self.accelerator.device)
-        metrics: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros_like(loss))
+        counted: list[tuple[LossOutput, int]] = []
         for batch, share in self._in_step(rollouts):
             if loss.requires_grad:
                 self.accelerator.backward(loss)
             output = self._batch_loss(batch, scored, share, (share or 1.0) * items.clamp(min=1))
             loss = output.loss + loss.detach()
-            for name, value in output.metrics.items():
-                metrics[name] += share * value
-        watched = {} if self.sampler is None else self.sampler.watched()
-        self._log_means({**described, **metrics, **watched, "memory/peak_gib": peak_memory()})
+            counted.append((output, len(batch) if share else 0))
+        self._log_means(counted, described)
         return loss
 
     def _batch_loss(
@@ -271,7 +269,7 @@ class DROTrainer(TwoRoleTrainer):
         in_weights = correction if args.selector_objective in (*WEIGHTED, "none") else None
         weighting = self._weigh(rollouts, selector_logps, generator_logps.detach(), in_weights)
         loss, metrics = torch.zeros((), device=self.accelerator.device), dict(weighting.metrics)
-        scale = 1 / self.current_gradient_accumulation_steps
+        counts, scale = dict(weighting.counts), 1 / self.current_gradient_accumulation_steps
         if train_generator:
             output = self._generator_loss(rollouts, generator_logps, weighting)
             metrics |= {"generator/loss": output.loss, **output.metrics}
@@ -285,8 +283,9 @@ class DROTrainer(TwoRoleTrainer):
             scored = scored or score_selector(self.pipeline, self.args, rollouts)
             output = self._selector_loss(rollouts, scored, weighting, num_items, correction)
             metrics |= {"selector/loss": output.loss, **output.metrics, **scored.metrics}
+            counts |= output.counts
             loss = loss + scale * share * output.loss
-        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()}, counts)
 
     @property
     def _threshold(self) -> float:

@@ -1,7 +1,7 @@
 """What the Trainer does for one model, done for two roles: gradients, optimizer, clipping, evaluation, logs."""
 
 import resource
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from itertools import chain
@@ -21,6 +21,7 @@ from .checkpoints import AtomicCheckpoints
 from .engines.base import EngineError
 from .engines.sampler import EngineSampler
 from .evaluation import Record, aggregate, evaluate_rows
+from .losses import LossOutput
 from .pipeline import RAGPipeline
 from .ppo import moments_of
 from .rollouts import Question, Rollout, batches
@@ -69,6 +70,8 @@ class TwoRoleTrainer(AtomicCheckpoints):
     sampler: EngineSampler | None
     is_sharded = False
     last_records: list[Record]
+    _sums: dict[str, torch.Tensor]
+    """Of each metric, since the step began: its sum, and what it was counted on."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `transformers.Trainer`, under the engines that drorl runs under.
@@ -186,12 +189,31 @@ class TwoRoleTrainer(AtomicCheckpoints):
         counted = self.accelerator.reduce(moments_of(rewards[new.to(rewards.device)]), "sum")
         return self.pipeline.critic.standardised(rewards, counted)
 
-    def _log_means(self, metrics: Mapping[str, torch.Tensor | float]) -> None:
-        """Logs each scalar's mean over processes."""
-        mode = "train" if self.model.training else "eval"
-        scalars = [torch.as_tensor(value).detach().float() for value in metrics.values()]
-        values = torch.stack([scalar.to(self.accelerator.device) for scalar in scalars])
-        for name, value in zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True):
+    def _log_means(self, outputs: Sequence[tuple[LossOutput, int]], described: Mapping[str, float]) -> None:
+        """Logs each metric's mean over all that it was counted on in a step: in every batch, accumulated or not, of
+        every process. Where nothing was counted there is no mean, and nothing is logged.
+
+        Args:
+            outputs (`list` of pairs): the metrics of a batch, and how many queries it has.
+            described (mapping): metrics of a micro-batch, of which each counts the same.
+        """
+        mode, device = "train" if self.model.training else "eval", self.accelerator.device
+        means: list[tuple[str, torch.Tensor, torch.Tensor | int]]
+        means = [(name, torch.tensor(value), 1) for name, value in described.items()]
+        for output, queries in outputs:
+            counts = output.counts if queries else {}
+            means += [(name, value, counts.get(name, queries)) for name, value in output.metrics.items()]
+        for name, value, count in means:
+            pair = torch.stack([value.float() * count, torch.ones_like(value, dtype=torch.float32) * count])
+            self._sums[name] = self._sums.get(name, 0) + pair.to(device)
+        if not self.accelerator.sync_gradients:
+            return
+        totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum").tolist()
+        logged = {name: total / count for name, (total, count) in zip(self._sums, totals, strict=True) if count}
+        self._sums.clear()
+        watched = {} if self.sampler is None else self.sampler.watched()
+        peak = self.accelerator.gather(torch.tensor([peak_memory()], device=device)).max()
+        for name, value in {**logged, **watched, "memory/peak_gib": float(peak)}.items():
             self._metrics[mode][name].append(value)
 
     def close(self) -> None:
