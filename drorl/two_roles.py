@@ -106,7 +106,8 @@ class TwoRoleTrainer(AtomicCheckpoints):
         """As in `transformers.Trainer`; a model that is cut up is ready, and accelerate would want the optimizer's."""
         if not self.is_sharded:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self.lr_scheduler = None
+        if self._created_lr_scheduler:  # by an earlier call
+            self.lr_scheduler, self._created_lr_scheduler = None, False
         self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
         self.create_scheduler(num_training_steps=max_steps)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)

@@ -156,7 +156,7 @@ def test_the_recipe_runs_and_resumes(recipe, flags, rows, tmp_path, capsys):
 def test_the_recipe_is_launched_in_two_processes(engine, flags, tmp_path):
     """`accelerate launch` with a shipped configuration: warm-up, DRO, evaluations; one process loads the run."""
     demo = yaml.safe_load((RECIPES / "configs" / "nq_demo.yaml").read_text())
-    half = ["--per_device_train_batch_size", demo["per_device_train_batch_size"] // 2]
+    half = ["--per_device_train_batch_size", demo["per_device_train_batch_size"] // 2, "--warmup_queries", 4]
     command = [*launched(engine, 2), RECIPES / "nq.py", *flags, *half, "--use_cpu", "true"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=300)
