@@ -37,8 +37,9 @@ def answer_logps(
         answers (`list` of n lists of token sequences): the answers that count for each prompt.
     """
     given = [(prompt, ys) for prompt, ys in zip(prompts, answers, strict=True) if prompt is not None]
-    if not given:
-        return torch.full((len(prompts),), -torch.inf)
+    if not given:  # a pass with a graph all the same: processes may be waiting for it, and a loss for its gradient
+        [nothing] = sequence_logps(model, [(answers[0][0], answers[0][0])])
+        return 0.0 * nothing.sum().nan_to_num(0.0) + torch.full((len(prompts),), -torch.inf, device=nothing.device)
     logps = sequence_logps(model, [(prompt, answer) for prompt, ys in given for answer in ys])
     each = torch.stack([tokens.sum() for tokens in logps]).split([len(ys) for _, ys in given])
     scores = torch.stack([of_prompt.logsumexp(dim=0) for of_prompt in each])

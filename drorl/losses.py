@@ -62,6 +62,8 @@ class LossOutput:
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    counts: dict[str, torch.Tensor] = field(default_factory=dict)
+    """How many values a metric is the mean of, where these are not the queries: batches and processes differ in it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Weighting:
     rewards: torch.Tensor
     """NaN for an invalid sample."""
     metrics: dict[str, torch.Tensor]
+    counts: dict[str, torch.Tensor]
+    """See [`LossOutput`]."""
 
 
 # -------------------------------------------------------------------------------------------------------- advantages
@@ -162,13 +166,15 @@ def weigh(
     settings = {"baseline": baseline, "scale_rewards": scale_rewards, "weight_temperature": weight_temperature}
     advantages = ADVANTAGES[selector_objective](scores, weights, **settings)
     prior = baseline_weights(scores.log_ratio, scores.valid)
-    return Weighting(weights, prior, advantages, scores.valid_rewards, _diagnostics(scores, weights))
+    return Weighting(weights, prior, advantages, scores.valid_rewards, *_diagnostics(scores, weights))
 
 
-def _diagnostics(scores: Scores, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+def _diagnostics(scores: Scores, weights: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns means, most of them over what is valid, and of how many values."""
     scored = scores.valid.any(dim=-1)
     bound = iw_elbo(log_importance_weights(scores.generator_logps, scores.log_ratio))  # always at temperature 1
-    return {
+    queries, samples = scored.sum(), scores.valid.sum()
+    metrics = {
         "effective_sample_size": _mean(effective_sample_size(weights), scored),
         "importance_weights/max": _mean(weights.amax(dim=-1), scored),
         "frac_degenerate_weights": frac_degenerate_weights(weights),
@@ -177,6 +183,10 @@ def _diagnostics(scores: Scores, weights: torch.Tensor) -> dict[str, torch.Tenso
         "reward": _mean(scores.valid_rewards, scores.valid),
         "frac_skipped_queries": 1 - scored.float().mean(),
     }
+    counts = dict.fromkeys(
+        ("effective_sample_size", "importance_weights/max", "frac_degenerate_weights", "iw_elbo"), queries
+    )
+    return metrics, {**counts, "generator/logps": samples, "reward": samples}
 
 
 def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -262,4 +272,4 @@ def clipped_surrogate_loss(
         raise ValueError(f"loss_type must be one of grpo, bnpo, dapo, dr_grpo, not {loss_type!r}")
     is_clipped = ((ratio < 1 - epsilon_low) & (advantages < 0)) | ((ratio > 1 + epsilon_high) & (advantages > 0))
     metrics["clip_ratio/region_mean"] = (is_clipped * mask).sum().detach() / tokens.clamp(min=1)
-    return LossOutput(loss, metrics)
+    return LossOutput(loss, metrics, dict.fromkeys(metrics, tokens))

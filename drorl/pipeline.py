@@ -25,6 +25,7 @@ from .ppo import ValueHead
 from .prompts import PromptBuilder, PromptTooLongError, SelectorPrompt
 from .query_likelihood import QueryLikelihoods
 from .settings import QUERY_LIKELIHOODS, PipelineSettings
+from .sharding import gathered
 
 SETTINGS_FILE = "drorl.json"
 BACKENDS = ("transformers", "vllm")
@@ -188,9 +189,17 @@ class RAGPipeline:
             yield
 
     @contextmanager
+    def gathered(self) -> Generator[None]:
+        """Both models are whole in this process; see [`~sharding.gathered`]."""
+        with ExitStack() as stack:
+            for model in self.models:
+                stack.enter_context(gathered(model))
+            yield
+
+    @contextmanager
     def evaluating(self) -> Generator[None]:
         """No gradient and no dropout; both models go back to their modes afterwards."""
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), self.gathered(), ExitStack() as stack:
             for model in self.models:
                 stack.callback(model.train, model.training)
                 model.eval()

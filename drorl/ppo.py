@@ -185,4 +185,5 @@ def ppo_loss(
     advantages = generalized_advantages(steps, old_values, mask, lam=lam)
     policy = clipped_surrogate_loss(logps, old_logps, mask, whiten(advantages, mask), **surrogate)
     value = clipped_value_loss(values, old_values, advantages + old_values, mask, clip)
-    return LossOutput(policy.loss + vf_coef * value, {**policy.metrics, "critic/loss": value.detach()})
+    metrics = {**policy.metrics, "critic/loss": value.detach()}
+    return LossOutput(policy.loss + vf_coef * value, metrics, dict.fromkeys(metrics, mask.sum()))

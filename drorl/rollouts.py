@@ -21,6 +21,7 @@ from .permutations import Permutation, parse_permutation, prefixes_of
 from .pipeline import Passage, RAGPipeline
 from .policy import Drawing
 from .prompts import SelectorPrompt
+from .sharding import most
 from .tree import TokenTree
 
 
@@ -243,7 +244,7 @@ def answer_logps_of(
     answers = [r.answers for r, of_query in zip(rollouts, contexts, strict=True) for _ in of_query]
     logps = answer_logps(model, [*chain.from_iterable(contexts)], answers)
     parts = logps.split([len(of_query) for of_query in contexts])
-    if logps.isnan().any():
+    if most(int(logps.isnan().any()), model):
         pairs = zip(contexts, parts, strict=True)
         contexts = [[None] * len(of_query) if part.isnan().any() else of_query for of_query, part in pairs]
         return answer_logps_of(pipeline, rollouts, contexts)

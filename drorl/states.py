@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from .attention import Layout
 from .errors import InvalidInputError
 from .ppo import ValueHead
+from .sharding import takes_part
 from .tree import Segment, TokenTree
 
 
@@ -199,8 +200,11 @@ class TreeStates:
 
 
 def can_keep(model: nn.Module) -> bool:
-    """Whether states can be kept with their gradient: gradient checkpointing throws them away."""
-    return not (checkpoints_gradients(model) and model.training)
+    """Whether states can be kept with their gradient: gradient checkpointing throws them away.
+
+    Where a model is cut up, all is encoded in one pass: how often a tree grows is not the same in each process.
+    """
+    return not takes_part(model) and not (checkpoints_gradients(model) and model.training)
 
 
 def _longest_exact(base: PreTrainedModel) -> float:

@@ -14,13 +14,11 @@ models; the policy is constrained to valid permutations unless `constrained=Fals
 Shapes: B queries, m permutations of each, K chosen, T decisions (constrained: K) or tokens (free text).
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -55,9 +53,8 @@ from .rollouts import (
     sum_over_tokens,
 )
 from .states import checkpoints_gradients
-from .two_roles import TwoRoleTrainer, peak_memory, trl_without
+from .two_roles import TwoRoleTrainer, trl_without, with_whole_models
 
-SUPPORTED_ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 logger = logging.get_logger(__name__)
 
 
@@ -118,8 +115,6 @@ class DROTrainer(TwoRoleTrainer):
                 optimizers=optimizers,
             )
         self.beta = args.beta
-        if self.accelerator.distributed_type not in SUPPORTED_ENGINES:
-            raise ValueError(f"{self.accelerator.distributed_type} is not supported: drorl averages gradients itself")
         if generator_model is not None:
             if generator_processing_class is None and generator_tokenizer is None:
                 raise ValueError("generator_model is an object: pass its tokenizer as generator_processing_class")
@@ -131,12 +126,15 @@ class DROTrainer(TwoRoleTrainer):
             generator_model,
             generator_processing_class or generator_tokenizer,
         )
+        self._shard()
         if args.selector_objective == "ppo":
             self.pipeline.critic = ValueHead(self.model.config.get_text_config().hidden_size).to(self.model.device)
         self.last_records: list[Record] = []
-        for module in self.pipeline.models:
-            refuse_dropout(module)
-            backend_of(module)  # how prefixes are shared is found out, and logged, before the first step
+        self._sums = {}
+        with self.pipeline.gathered():
+            for module in self.pipeline.models:
+                refuse_dropout(module)
+                backend_of(module)  # how prefixes are shared is found out, and logged, before the first step
         needed = args.generation_batch_size // args.num_generations
         if len(self.train_dataset) < needed:
             raise InvalidInputError(
@@ -144,7 +142,8 @@ class DROTrainer(TwoRoleTrainer):
             )
         for index, row in enumerate(self.train_dataset):
             self.pipeline.check_length(index, row["query"], row["candidates"])
-        self.sampler = sampler_for(args, self.pipeline, self.accelerator, self.train_dataset)
+        with self.pipeline.gathered():
+            self.sampler = sampler_for(args, self.pipeline, self.accelerator, self.train_dataset)
 
     @staticmethod
     def _rows(rows: Dataset | Sequence[Mapping[str, Any]], args: DROConfig) -> Dataset:
@@ -162,12 +161,14 @@ class DROTrainer(TwoRoleTrainer):
     def _one_pass(self) -> bool:
         """Whether the M-step keeps the selector's graph while the generator has its own.
 
-        Then no prompt is encoded twice. Where memory is short (`max_tokens_per_forward`, gradient checkpointing) each
-        graph is gone before the next one is built, and what comes first is computed without one.
+        Then no prompt is encoded twice. Where memory is short (`max_tokens_per_forward`, gradient checkpointing, FSDP)
+        each graph is gone before the next one is built, and what comes first is computed without one.
         """
-        return self.args.max_tokens_per_forward is None and not any(map(checkpoints_gradients, self.pipeline.models))
+        short = self.args.max_tokens_per_forward is not None or any(map(checkpoints_gradients, self.pipeline.models))
+        return not (short or self.is_sharded)
 
     @torch.no_grad()
+    @with_whole_models
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """The E-step: draws permutations of each query. `inputs` repeats each row m times, as TRL samples them.
 
@@ -228,17 +229,14 @@ class DROTrainer(TwoRoleTrainer):
         if self.loss_type == "dapo":  # TRL counts the generation batch of all processes, of which this is a part
             items = inputs["num_items_in_batch"] / self.accelerator.num_processes / self.args.steps_per_generation
         loss = torch.zeros((), device=self.accelerator.device)
-        metrics: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros_like(loss))
-        for batch in batches(rollouts, self.args.max_tokens_per_forward):
+        counted: list[tuple[LossOutput, int]] = []
+        for batch, share in self._in_step(rollouts):
             if loss.requires_grad:
                 self.accelerator.backward(loss)
-            share = len(batch) / len(rollouts)
-            output = self._batch_loss(batch, scored, share, share * items.clamp(min=1))
+            output = self._batch_loss(batch, scored, share, (share or 1.0) * items.clamp(min=1))
             loss = output.loss + loss.detach()
-            for name, value in output.metrics.items():
-                metrics[name] += share * value
-        watched = {} if self.sampler is None else self.sampler.watched()
-        self._log_means({**described, **metrics, **watched, "memory/peak_gib": peak_memory()})
+            counted.append((output, len(batch) if share else 0))
+        self._log_means(counted, described)
         return loss
 
     def _batch_loss(
@@ -271,11 +269,11 @@ class DROTrainer(TwoRoleTrainer):
         in_weights = correction if args.selector_objective in (*WEIGHTED, "none") else None
         weighting = self._weigh(rollouts, selector_logps, generator_logps.detach(), in_weights)
         loss, metrics = torch.zeros((), device=self.args.device), self._watched(rollouts, generator_logps, weighting)
-        scale = 1 / self.current_gradient_accumulation_steps
+        counts, scale = dict(weighting.counts), 1 / self.current_gradient_accumulation_steps
         if train_generator:
             output = self._generator_loss(rollouts, generator_logps, weighting)
             metrics |= {"generator/loss": output.loss, **output.metrics}
-            loss = self._with_graph(scale * share * output.loss, GENERATOR)
+            loss = scale * share * output.loss
             if train_selector and torch.is_grad_enabled():
                 self.accelerator.backward(loss)
                 loss = loss.detach()
@@ -285,8 +283,9 @@ class DROTrainer(TwoRoleTrainer):
             scored = scored or score_selector(self.pipeline, self.args, rollouts)
             output = self._selector_loss(rollouts, scored, weighting, num_items, correction)
             metrics |= {"selector/loss": output.loss, **output.metrics, **scored.metrics}
+            counts |= output.counts
             loss = loss + scale * share * output.loss
-        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()}, counts)
 
     @property
     def _threshold(self) -> float:

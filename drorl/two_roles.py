@@ -1,16 +1,18 @@
 """What the Trainer does for one model, done for two roles: gradients, optimizer, clipping, evaluation, logs."""
 
 import resource
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig
 from trl.trainer.utils import disable_dropout_in_model
@@ -21,10 +23,13 @@ from .engines.base import EngineError
 from .engines.sampler import EngineSampler
 from .evaluation import Record, aggregate, evaluate_rows
 from .health import HealthCallback, probe_interval, reads_context
-from .losses import Weighting
+from .losses import LossOutput, Weighting
 from .pipeline import RAGPipeline
 from .ppo import moments_of
-from .rollouts import Question, Rollout
+from .rollouts import Question, Rollout, batches
+from .sharding import most, shard, wants_sharding
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def peak_memory() -> float:
@@ -49,12 +54,35 @@ def trl_without(config: GRPOConfig, **settings: Any) -> Generator[None]:
         vars(config).update(wanted)
 
 
+def with_whole_models(method: Method) -> Method:
+    """Makes a method of a trainer one in which each process may make as many passes as it likes; no gradient."""
+
+    @wraps(method)
+    def run(self: "TwoRoleTrainer", *args: Any, **kwargs: Any) -> Any:
+        with self.pipeline.gathered():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)
+
+
 class TwoRoleTrainer(AtomicCheckpoints):
     """A trainer of the selector and the generator in `pipeline`, each with its own loss and learning rate."""
 
     pipeline: RAGPipeline
     sampler: EngineSampler | None
+    is_sharded = False
     last_records: list[Record]
+    _sums: dict[str, torch.Tensor]
+    """Of each metric, since the step began: its sum, and what it was counted on."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `transformers.Trainer`, under the engines that drorl runs under.
+
+        Raises:
+            InvalidInputError: under another.
+        """
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = wants_sharding(self.accelerator)
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -84,7 +112,42 @@ class TwoRoleTrainer(AtomicCheckpoints):
         if self.args.gradient_checkpointing:
             generator_model.enable_input_require_grads()
             generator_model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        if self.is_fsdp_enabled:
+            return generator_model
         return self.accelerator.unwrap_model(self.accelerator.prepare_model(generator_model))
+
+    def _shard(self) -> None:
+        """Cuts the bases up where FSDP is asked for. Adapters are as under DDP then, and so is all the rest."""
+        if self.is_fsdp_enabled:
+            for model in self.pipeline.models:
+                shard(model, self.accelerator)
+            self.is_sharded, self.is_fsdp_enabled = True, False
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        """As in `transformers.Trainer`; a model that is cut up is ready, and accelerate would want the optimizer's."""
+        if not self.is_sharded:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._created_lr_scheduler:  # by an earlier call
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
+        self.create_scheduler(num_training_steps=max_steps)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        handler = self.callback_handler
+        handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        handler.train_dataloader = train_dataloader
+        return self.model, train_dataloader
+
+    def _in_step(self, rollouts: list[Rollout]) -> list[tuple[list[Rollout], float]]:
+        """Returns batches of rollouts, and each one's share of the queries.
+
+        A process with fewer of them than others has its last one again, for nothing, where all pass together.
+        """
+        groups = list(batches(rollouts, self.args.max_tokens_per_forward))
+        again = max(most(len(groups), model) for model in self.pipeline.models) - len(groups)
+        return [(group, len(group) / len(rollouts)) for group in groups] + again * [(groups[-1], 0.0)]
 
     def _trained_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Returns the parameters of each role that is trained."""
@@ -95,12 +158,6 @@ class TwoRoleTrainer(AtomicCheckpoints):
         """Returns what is stepped and clipped as one: each trained role, and PPO's critic."""
         critic = self.pipeline.critic
         return self._trained_parameters() | ({} if critic is None else {"critic": list(critic.parameters())})
-
-    def _with_graph(self, loss: torch.Tensor, role: str) -> torch.Tensor:
-        """Returns a role's loss, with a graph to train on though none of its samples is valid."""
-        if loss.requires_grad or not torch.is_grad_enabled():
-            return loss
-        return loss + torch.stack([0.0 * p.sum() for p in self._trained_parameters()[role]]).sum()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates the optimizer with one parameter group per trained role, each with its own learning rate."""
@@ -164,14 +221,33 @@ class TwoRoleTrainer(AtomicCheckpoints):
             return dict(weighting.metrics)
         asked = self.train_dataset, self.state.global_step
         gain = reads_context(self.pipeline, rollouts, generator_logps, weighting.prior_weights, *asked)
-        return {**weighting.metrics, "generator/reads_context": gain}
+        return {**weighting.metrics, **({} if gain.isnan() else {"generator/reads_context": gain})}
 
-    def _log_means(self, metrics: Mapping[str, torch.Tensor | float]) -> None:
-        """Logs each scalar's mean over processes."""
-        mode = "train" if self.model.training else "eval"
-        scalars = [torch.as_tensor(value).detach().float() for value in metrics.values()]
-        values = torch.stack([scalar.to(self.accelerator.device) for scalar in scalars])
-        for name, value in zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True):
+    def _log_means(self, outputs: Sequence[tuple[LossOutput, int]], described: Mapping[str, float]) -> None:
+        """Logs each metric's mean over all that it was counted on in a step: in every batch, accumulated or not, of
+        every process. Where nothing was counted there is no mean, and nothing is logged.
+
+        Args:
+            outputs (`list` of pairs): the metrics of a batch, and how many queries it has.
+            described (mapping): metrics of a micro-batch, of which each counts the same.
+        """
+        mode, device = "train" if self.model.training else "eval", self.accelerator.device
+        means: list[tuple[str, torch.Tensor, torch.Tensor | int]]
+        means = [(name, torch.tensor(value), 1) for name, value in described.items()]
+        for output, queries in outputs:
+            counts = output.counts if queries else {}
+            means += [(name, value, counts.get(name, queries)) for name, value in output.metrics.items()]
+        for name, value, count in means:
+            pair = torch.stack([value.float() * count, torch.ones_like(value, dtype=torch.float32) * count])
+            self._sums[name] = self._sums.get(name, 0) + pair.to(device)
+        if not self.accelerator.sync_gradients:
+            return
+        totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum").tolist()
+        logged = {name: total / count for name, (total, count) in zip(self._sums, totals, strict=True) if count}
+        self._sums.clear()
+        watched = {} if self.sampler is None else self.sampler.watched()
+        peak = self.accelerator.gather(torch.tensor([peak_memory()], device=device)).max()
+        for name, value in {**logged, **watched, "memory/peak_gib": float(peak)}.items():
             self._metrics[mode][name].append(value)
 
     def close(self) -> None:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 _TASK = "DRORL_TEST_TASK"
 worker = pytest.mark.skipif(_TASK not in os.environ, reason="runs inside the processes that another test starts")
 starter = pytest.mark.skipif(_TASK in os.environ, reason="this is a worker")
@@ -28,10 +30,15 @@ def run_worker(test: str, marker: str, python: Sequence[str], /, **given: Any) -
     assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-3000:]
 
 
-def launch(test: str, processes: int, marker: str, /, **given: Any) -> None:
-    """Runs a worker in so many processes."""
-    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    run_worker(test, marker, several, **given)
+def launched(engine: str, processes: int) -> list[str]:
+    """`accelerate launch` with `recipes/accelerate/<engine>.yaml`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={CONFIGS / engine}.yaml"]
+    return [*command, f"--num_processes={processes}", "--main_process_port=0"]
+
+
+def launch(test: str, processes: int, marker: str, /, engine: str = "ddp", **given: Any) -> None:
+    """Runs a worker in so many processes under an engine."""
+    run_worker(test, marker, launched(engine, processes), **given)
 
 
 def kill_once(reached: Callable[[], bool], command: Sequence[Any], seconds: float) -> None:

@@ -1,10 +1,11 @@
 """Two processes on one machine train as one does: the batch is shared out, and nothing else changes.
 
-`test_worker` is what each process runs; `run_dirs` starts it with `torchrun`. As it, `test_worker_of_an_engine`:
-what fails in one process ends all.
+`test_worker` is what each process runs; `run_dirs` starts it with `accelerate launch` and the configurations in
+recipes/accelerate/. As it, `test_worker_of_an_engine`: what fails in one process ends all.
 """
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -16,10 +17,12 @@ import torch
 from engines import SecondModel
 from peft import LoraConfig, get_peft_model
 from processes import launch, starter, task, worker
-from runs import assert_identical, both_adapters, largest_difference, measured
+from runs import adapter_state, assert_identical, both_adapters, largest_difference, measured, near_permutations
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, TrainerCallback
+from torch.distributed.tensor import DTensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
+import drorl.rollouts
 from drorl.adapters import GENERATOR, SELECTOR
 from drorl.callbacks import InterruptCallback
 from drorl.engines.base import EngineError
@@ -29,7 +32,8 @@ from drorl.trainer import DROTrainer
 
 pytestmark = pytest.mark.slow
 ROLES = (SELECTOR, GENERATOR)
-CASES: dict[str, dict[str, Any]] = {
+# All first choices, so nothing is random: however many processes there are, they train on the same permutations.
+EXACT: dict[str, dict[str, Any]] = {
     "shared base": {},
     "separate bases, checkpointing, clipped": {
         "separate": True,
@@ -42,16 +46,116 @@ CASES: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
     },
     "generator only": {"selector_objective": "none"},
+    "epochs whose last queries fill no batch": {"train_queries": 10, "max_steps": -1, "num_train_epochs": 2},
+    "batches that only some have": {"long_queries": 3, "max_tokens_per_forward": 900},
+    "a query of -inf, alone in its process": {"poison": "-inf", "gradient_accumulation_steps": 2},
+    "a query of NaN, alone in its process": {"poison": "nan", "gradient_accumulation_steps": 2},
+    "light weights are not scored again": {"poison": "nan", "min_importance_weight": 0.2},
 }
+# What is drawn depends on the process, so two engines are compared, with as many processes each.
+DRAWN: dict[str, dict[str, Any]] = {
+    "drawn off policy, with a KL penalty": {
+        "beta": 0.1,
+        "num_iterations": 2,
+        "selector_objective": "grpo",
+        "max_tokens_per_forward": 900,
+        "long_queries": 3,
+    },
+    "ppo on f1": {"selector_objective": "ppo", "reward": "f1"},
+    "query likelihood": {"identifiers": "query", "num_selected": 1},
+    "free text": {"constrained": False, "max_completion_length": 6},
+    "cached states": {"backend": "cached"},
+}
+CASES = EXACT | DRAWN
 
 
 @pytest.fixture(scope="module")
-def run_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Number of processes -> the directory of the runs of all cases by so many."""
+def run_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Who trained -> the directory of the runs of all cases: `alone`, or two processes under the engine named."""
     work = tmp_path_factory.mktemp("processes")
-    for processes in (1, 2):
-        launch(f"{__file__}::test_worker", processes, "slow", run_dir=str(work / str(processes)), processes=processes)
-    return {processes: work / str(processes) for processes in (1, 2)}
+    for name, engine, processes in (("alone", "ddp", 1), ("ddp", "ddp", 2), ("fsdp2", "fsdp2", 2)):
+        given = {"run_dir": str(work / name), "processes": processes, "sharded": name == "fsdp2"}
+        launch(f"{__file__}::test_worker", processes, "slow", engine=engine, **given)
+    return {name: work / name for name in ("alone", "ddp", "fsdp2")}
+
+
+def lengthened(made: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Makes the passages of the first `count` rows so long that two of them have no room in one pass."""
+    for passage in (passage for row in made[:count] for passage in row["candidates"]):
+        passage["text"] += " It is long, and it is wide." * 3
+    return made
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[int]], None]:
+    """Makes the likelihood of an answer -inf, or NaN in a way that its gradient is NaN too."""
+
+    def poison(kind: str, answer: list[int]) -> None:
+        real = drorl.rollouts.answer_logps
+
+        def answer_logps(model: Any, prompts: Any, answers: Any) -> torch.Tensor:
+            logps = real(model, prompts, answers)
+            bad = torch.tensor([p is not None and a == [answer] for p, a in zip(prompts, answers, strict=True)])
+            worthless = logps * math.nan if kind == "nan" else torch.full_like(logps, -math.inf)
+            return torch.where(bad, worthless, logps) if bad.any() else logps
+
+        monkeypatch.setattr(drorl.rollouts, "answer_logps", answer_logps)
+
+    return poison
+
+
+@pytest.fixture
+def through_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes models share prefixes in one way."""
+    return lambda backend: monkeypatch.setattr(
+        drorl.backends, "_objection", lambda _, asked: None if asked == backend else "not asked for"
+    )
+
+
+def made_trainer(
+    settings: dict[str, Any],
+    processes: int,
+    make_trainer: Callable[..., DROTrainer],
+    rows: Callable[..., Any],
+    models: dict[str, Any],
+) -> DROTrainer:
+    """A trainer of four queries a step, in one process or shared by two."""
+    queries = 4 // processes // settings.get("gradient_accumulation_steps", 1)
+    made = lengthened(rows(settings.pop("train_queries", 8), 6), settings.pop("long_queries", 0))
+    defaults = {
+        "num_selected": 1,
+        "num_generations": 6,
+        "proposal": "first_choices",
+        "optim": "sgd",  # Adam would blow rounding up wherever a gradient is about 0
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "seed": 3,
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 6 * queries,
+    }
+    return make_trainer(**models, train_rows=made, eval_rows=rows(3, 6), **(defaults | settings))
+
+
+def models_of(
+    settings: dict[str, Any], tiny_model: Callable[..., LlamaForCausalLM], lora: LoraConfig
+) -> dict[str, Any]:
+    if not settings.pop("separate", False):
+        return {}
+    return {
+        "model": get_peft_model(tiny_model(), lora, adapter_name=SELECTOR),
+        "generator_model": get_peft_model(tiny_model(seed=1), lora, adapter_name=GENERATOR),
+    }
+
+
+def assert_sharded(trainer: DROTrainer) -> None:
+    """Half of each base is here, to a few rows; the adapters are whole."""
+    for model in trainer.pipeline.models:
+        base = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+        assert all(isinstance(p, DTensor) for p in base.values())
+        here = sum(p.to_local().numel() for p in base.values())
+        assert here == pytest.approx(sum(p.numel() for p in base.values()) / 2, rel=0.01)
+        assert not any(isinstance(p, DTensor) for name, p in model.named_parameters() if "lora_" in name)
 
 
 @worker
@@ -61,58 +165,104 @@ def test_worker(
     make_trainer: Callable[..., DROTrainer],
     rows: Callable[..., Any],
     tiny_model: Callable[..., LlamaForCausalLM],
+    tokenizer: PreTrainedTokenizerFast,
     lora: LoraConfig,
+    poisoned: Callable[[str, list[int]], None],
+    through_backend: Callable[[str], None],
 ) -> None:
-    """Two steps of four queries each, in one process or shared by two; all first choices, so nothing is random."""
+    """Two steps of four queries each, an evaluation of three questions, and what has been logged."""
     given = task()
     settings, run_dir = dict(CASES[case]), Path(given["run_dir"]) / case
-    models: dict[str, Any] = {}
+    if case in DRAWN:
+        if given["processes"] == 1:
+            return
+        drawn = {"num_selected": 2, "num_generations": 6, "proposal": "policy"}
+        settings = drawn | settings
+    if not settings.get("constrained", True):
+        settings["generation_kwargs"] = near_permutations(tokenizer)
+    poison, backend = settings.pop("poison", None), settings.pop("backend", None)
+    if backend is not None:
+        through_backend(backend)
     torch.manual_seed(int(os.environ["RANK"]))  # adapters that differ: those of the first process count
-    if settings.pop("separate", False):
-        models["model"] = get_peft_model(tiny_model(), lora, adapter_name=SELECTOR)
-        models["generator_model"] = get_peft_model(tiny_model(seed=1), lora, adapter_name=GENERATOR)
-    queries = 4 // given["processes"] // settings.get("gradient_accumulation_steps", 1)
-    trainer = make_trainer(
-        **models,
-        train_rows=rows(8, 6),
-        eval_rows=rows(3, 6),
-        output_dir=str(run_dir),
-        num_selected=1,
-        num_generations=6,
-        proposal="first_choices",
-        per_device_train_batch_size=6 * queries,
-        optim="sgd",  # Adam would blow rounding up wherever a gradient is about 0
-        save_strategy="steps",
-        save_steps=1,
-        save_total_limit=1,
-        seed=3,
-        **({"max_grad_norm": 0.0} | settings),
-    )
+    models = models_of(settings, tiny_model, lora)
+    settings["output_dir"] = str(run_dir)
+    trainer = made_trainer(settings, given["processes"], make_trainer, rows, models)
     assert trainer.accelerator.num_processes == given["processes"]
+    if poison is not None:
+        poisoned(poison, trainer.pipeline.generator_prompts.answer(rows(8, 6)[0]["answers"][0]))
     trainer.train()
+    assert trainer.is_sharded == given["sharded"]
+    if given["sharded"]:
+        assert_sharded(trainer)
     metrics = trainer.evaluate()
     assert len(trainer.last_records) == 3
     if trainer.accelerator.is_main_process:
         numbers = {k: v for k, v in metrics.items() if k.startswith("eval_")}
-        (run_dir / "metrics.json").write_text(json.dumps(numbers))
+        logged = [
+            {k: v for k, v in entry.items() if isinstance(v, float) and not k.startswith(("memory/", "step_time"))}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+        (run_dir / "metrics.json").write_text(json.dumps({"eval": numbers, "train": logged}))
+
+
+def agree(actual: Path, expected: Path) -> None:
+    """Checks that adapters, metrics of each step and an evaluation agree to float32 rounding."""
+    one, two = (json.loads((run / "metrics.json").read_text()) for run in (expected, actual))
+    assert two["eval"] == pytest.approx(one["eval"], rel=1e-6, abs=1e-5)  # log-likelihoods of -19 nats
+    assert len(one["train"]) == len(two["train"]) >= 2
+    for step, other in zip(one["train"], two["train"], strict=True):
+        assert other == pytest.approx(step, rel=1e-5, abs=1e-5)
+    last = max(expected.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])).name
+    for role in ROLES:
+        files = (run / last / role / "adapter_model.safetensors" for run in (actual, expected))
+        # The adapters move by 1e-3 where gradients are clipped and by 1e-2 elsewhere, and agree to about 1e-8.
+        assert largest_difference(*map(load_file, files)) < 1e-6
 
 
 @starter
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_as_one(case: str, run_dirs: dict[int, Path]) -> None:
-    """Adapters after two steps and evaluation agree to float32 rounding; a checkpoint is whole for both processes."""
-    alone, together = (run_dirs[processes] / case for processes in (1, 2))
-    for role in ROLES:
-        expected, actual = (
-            load_file(run / "checkpoint-2" / role / "adapter_model.safetensors") for run in (alone, together)
-        )
-        # The adapters move by 1e-3 where gradients are clipped and by 1e-2 elsewhere, and agree to about 1e-9.
-        assert largest_difference(actual, expected) < 1e-6
-    one, two = (json.loads((run / "metrics.json").read_text()) for run in (alone, together))
-    assert two == pytest.approx(one, abs=1e-4)
-    assert sorted(path.name for path in together.glob("checkpoint-*")) == ["checkpoint-2"]
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", EXACT)
+def test_two_processes_train_as_one(case: str, engine: str, run_dirs: dict[str, Path]) -> None:
+    """Whatever the queries are worth and wherever they are; a checkpoint is whole for both processes."""
+    together = run_dirs[engine] / case
+    agree(together, run_dirs["alone"] / case)
+    assert len(list(together.glob("checkpoint-*"))) == 2
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (together / "checkpoint-2").iterdir()}
     assert not (together / ".incomplete").exists()
+
+
+@starter
+@pytest.mark.parametrize("case", DRAWN)
+def test_fsdp2_trains_as_ddp(case: str, run_dirs: dict[str, Path]) -> None:
+    """A base that is cut up draws, scores and answers as one that is whole."""
+    agree(run_dirs["fsdp2"] / case, run_dirs["ddp"] / case)
+
+
+@worker
+def test_worker_that_resumes(make_trainer: Callable[..., DROTrainer], rows: Callable[..., Any]) -> None:
+    """A run of three steps, and one that goes on from its first checkpoint, with Adam's moments and drawn samples."""
+    settings = {"proposal": "policy", "optim": "adamw_torch", "save_total_limit": 3, "max_steps": 3}
+    whole, resumed = (
+        made_trainer(settings | {"output_dir": f"{task()['run_dir']}/{name}"}, 2, make_trainer, rows, {})
+        for name in ("whole", "resumed")
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=f"{task()['run_dir']}/whole/checkpoint-1")
+    assert resumed.is_sharded
+    for role in ROLES:
+        assert_identical(adapter_state(resumed.model, role), adapter_state(whole.model, role))
+
+
+@starter
+def test_a_run_under_fsdp2_resumes(tmp_path: Path) -> None:
+    """Bit for bit, in both processes; the files are those of any run."""
+    launch(f"{__file__}::test_worker_that_resumes", 2, "slow", engine="fsdp2", run_dir=str(tmp_path))
+    whole, resumed = (tmp_path / name / "checkpoint-3" for name in ("whole", "resumed"))
+    assert {path.name for path in whole.iterdir()} == {path.name for path in resumed.iterdir()}
+    for role in ROLES:
+        files = (run / role / "adapter_model.safetensors" for run in (resumed, whole))
+        assert_identical(*map(load_file, files))
 
 
 @worker

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import launched
 from trl import TrlParser
 from typer.testing import CliRunner
 
@@ -148,6 +149,25 @@ def test_the_recipe_runs_and_resumes(recipe, flags, rows, tmp_path, capsys):
     assert [entry["step"] for entry in steps] == [1, 2, 3]
     rates = [entry["learning_rate"] for entry in steps]
     assert rates == sorted(rates, reverse=True) and rates[2] < 0.5 * rates[0] <= 0.5e-3  # annealed, and so logged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_the_recipe_is_launched_in_two_processes(engine, flags, tmp_path):
+    """`accelerate launch` with a shipped configuration: warm-up, DRO, evaluations; one process loads the run."""
+    demo = yaml.safe_load((RECIPES / "configs" / "nq_demo.yaml").read_text())
+    half = ["--per_device_train_batch_size", demo["per_device_train_batch_size"] // 2, "--warmup_queries", 4]
+    command = [*launched(engine, 2), RECIPES / "nq.py", *flags, *half, "--use_cpu", "true"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["n_eval"] == 5
+    assert summary["systems"].keys() == {"warmup", "retriever_sft", "retriever_zero_shot", "dro"}
+    row = json.loads((tmp_path / "test.jsonl").read_text().splitlines()[0])
+    answer = RAGPipeline.from_pretrained(tmp_path / "run").answer(row["query"], row["candidates"])
+    records = json.loads((tmp_path / "run" / "records" / "dro.json").read_text())["records"]
+    assert [row["candidates"].index(c.passage) for c in answer.citations] == records[0]["chosen"]
 
 
 def test_drorl_train_is_this_recipe(flags, tmp_path, monkeypatch):

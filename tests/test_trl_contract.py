@@ -26,6 +26,8 @@ from drorl.two_roles import TwoRoleTrainer
 # Every private name of TRL and transformers that is overridden or used in drorl. Each is checked against the
 # installed version, so that an upgrade fails with one clear message.
 OVERRIDDEN_TRL_HOOKS = {
+    "create_accelerator_and_postprocess": (),
+    "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
     "train": ("resume_from_checkpoint",),
     "_generate_and_score_completions": ("inputs",),
     "training_step": ("model", "inputs", "num_items_in_batch"),
@@ -44,6 +46,8 @@ USED_TRL_HOOKS = {
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations"),
     "_evaluate": ("trial", "ignore_keys_for_eval"),
     "_determine_best_metric": ("metrics", "trial"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_load_scaler": ("checkpoint",),
 }
 HOOKS = {**OVERRIDDEN_TRL_HOOKS, **USED_TRL_HOOKS}
 
