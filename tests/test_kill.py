@@ -83,6 +83,7 @@ def start(moment: str, step: int, arguments: list[str]) -> subprocess.Popen[str]
     """Starts the recipe, which stands still at a moment of a step."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS.parent / "recipes"), str(TESTS)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    environment["PYTHONHASHSEED"] = "0"  # PEFT writes sets of names into adapter_config.json in the order of hashes
     command = [sys.executable, str(TESTS / "stopping.py"), moment, str(step), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
