@@ -89,8 +89,9 @@ def main(folder: Path) -> None:
         "num_candidates": 6,
         "num_generations": 6,
         "per_device_train_batch_size": 12,
+        "gradient_accumulation_steps": 1,
         "lora_first_layer": 1,
-        "warmup_queries": 8,
+        "warmup_queries": 6,
         "max_steps": 2,
         "dtype": "float32",
     }
