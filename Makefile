@@ -92,11 +92,12 @@ quality: $(INSTALLED) ## lint, formatting, types
 audit: $(INSTALLED) ## known vulnerabilities of the packages in .venv (network; ARGS="-r FILE": of others)
 	test -x build/tools/bin/pip-audit || $(PYTHON) -m venv build/tools
 	build/tools/bin/python -m pip install --disable-pip-version-check --quiet 'pip-audit>=2.10,<3'
-	build/tools/bin/pip-audit $(if $(ARGS),$(ARGS),--path $(wildcard .venv/lib/python*/site-packages))
+	build/tools/bin/pip-audit --strict --skip-editable \
+		$(if $(ARGS),$(ARGS),--path $(wildcard .venv/lib/python*/site-packages))
 
 # Two environments: one that builds, and an empty one into which goes what was built, and no more. The second is tried
 # from a folder of its own, so that nothing of the repository can be imported.
-dist: ## build wheel and sdist, check them, and try the wheel in an empty environment (2 minutes, 2 GB)
+dist: ## build wheel and sdist, check them, and try the wheel in an empty environment (network, 2 GB)
 	rm -rf dist build/empty build/smoke
 	test -x build/tools/bin/python || $(PYTHON) -m venv build/tools
 	build/tools/bin/python -m pip install --disable-pip-version-check --quiet 'build>=1.2,<2' 'twine>=6,<8'

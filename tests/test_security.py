@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nq
 import pytest
 import torch
 from attacks import ATTACKS
@@ -288,7 +289,7 @@ def test_pickled_weights_are_refused(tiny_model: Any, tokenizer: Any, tmp_path: 
 
 
 def test_code_of_a_model_runs_only_when_asked(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    """A model that brings its own code is refused; with `trust_remote_code` it is loaded, and the code runs."""
+    """A model that brings its own code is refused; with `model_init_kwargs` that say so it runs."""
     tiny_model().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     ran = tmp_path / "ran"
@@ -301,8 +302,10 @@ def test_code_of_a_model_runs_only_when_asked(tiny_model: Any, tokenizer: Any, t
     with pytest.raises((ValueError, OSError), match="trust_remote_code"):
         load_model_and_tokenizer(str(tmp_path), "float32")
     assert not ran.exists()
-    model, _ = load_model_and_tokenizer(str(tmp_path), "float32", trust_remote_code=True)
-    assert type(model).__name__ == "M" and ran.exists()
+    asked = ["--model_name_or_path", str(tmp_path), "--dtype", "float32", "--output_dir", str(tmp_path / "run")]
+    script, config = nq.parse([*asked, "--model_init_kwargs", '{"trust_remote_code": true}'])
+    model, *_ = nq.load_model(script, **config.model_init_kwargs)
+    assert type(model.get_base_model()).__name__ == "M" and ran.exists()
 
 
 def test_a_run_with_attacks_is_evaluated(make_trainer: Callable[..., Any], passages: Passages) -> None:
