@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from rich.progress import track
 
 from drorl.adapters import add_adapters
 from drorl.data.vitalqa import load_vitalqa
@@ -41,7 +40,7 @@ def measure(pipeline: RAGPipeline, rows: list[dict[str, Any]], texts: dict[str, 
     """Returns how many trials there were, and in how many the first choice changed, and was the text."""
     trials = changed = chosen = 0
     won: dict[str, int] = {}
-    for row in track(rows, description=pipeline.settings.identifiers):
+    for row in rows:
         query, passages = row["query"], row["candidates"][:N]
         before = passages.index(dict(pipeline.select(query, passages)[0].passage))
         place = next(i for i in range(N - 1, -1, -1) if i != before)
@@ -64,14 +63,15 @@ def main() -> None:
     # Adapters as they begin change nothing: the model is the one that was downloaded.
     model = add_adapters(model, LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
     rows = [dict(row) for row in load_vitalqa()["validation"].select(range(asked.rows))]
-    results: dict[str, Any] = {"dtype": str(model.dtype), "threads": torch.get_num_threads(), "rows": asked.rows}
+    run = {"rows": asked.rows, "dtype": str(model.dtype), "threads": torch.get_num_threads()}
     for identifiers in asked.identifiers:
         start = time.perf_counter()
         settings = PipelineSettings(N, 1, identifiers=identifiers, max_passage_tokens=64)
         pipeline = RAGPipeline(model, tokenizer, settings)
         found = {name: measure(pipeline, rows, texts) for name, texts in (("attacks", attacks), ("control", CONTROLS))}
-        results[identifiers] = {**found, "seconds": round(time.perf_counter() - start)}
-    sys.stdout.write(json.dumps(results, indent=2) + "\n")
+        took = {"seconds": round(time.perf_counter() - start)}
+        sys.stdout.write(json.dumps({"identifiers": identifiers, **run, **found, **took}) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
