@@ -20,7 +20,7 @@ DOCS_INSTALLED := .venv-docs/.installed
 .DEFAULT_GOAL := help
 
 .PHONY: help install install-vllm install-colbert docs demo demo-vllm multihop lab test test-slow test-network test-vllm \
-	test-colbert quality format bench clean
+	test-colbert quality audit dist format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -101,6 +101,28 @@ quality: $(INSTALLED) ## lint, formatting, types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/ty check drorl recipes
+
+# Asks PyPI about each package that is installed, by name and version, so it is no part of `quality`, which is offline.
+audit: $(INSTALLED) ## known vulnerabilities of the packages in .venv (network; ARGS="-r FILE": of others)
+	test -x build/tools/bin/pip-audit || $(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --disable-pip-version-check --quiet 'pip-audit>=2.10,<3'
+	build/tools/bin/pip-audit --strict --skip-editable \
+		$(if $(ARGS),$(ARGS),--path $(wildcard .venv/lib/python*/site-packages))
+
+# Two environments: one that builds, and an empty one into which goes what was built, and no more. The second is tried
+# from a folder of its own, so that nothing of the repository can be imported.
+dist: ## build wheel and sdist, check them, and try the wheel in an empty environment (network, 2 GB)
+	rm -rf dist build/empty build/smoke
+	test -x build/tools/bin/python || $(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --disable-pip-version-check --quiet 'build>=1.2,<2' 'twine>=6,<8'
+	build/tools/bin/python -m build
+	build/tools/bin/twine check --strict dist/*
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --disable-pip-version-check --quiet $(TORCH)
+	build/empty/bin/python -m pip install --disable-pip-version-check --quiet dist/*.whl
+	build/empty/bin/drorl --version
+	mkdir build/smoke && cp tests/smoke.py build/smoke && cd build/smoke && env -u PYTHONPATH ../empty/bin/python smoke.py .
+	rm -rf build/empty build/smoke
 
 format: $(INSTALLED) ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from .clock import BudgetReadings
+
 logger = logging.get_logger(__name__)
 
 
@@ -53,10 +55,12 @@ class TimeBudgetCallback(TrainerCallback):
 
     Args:
         seconds (`float`): from the first step on.
+        readings ([`~clock.BudgetReadings`], *optional*): keeps what is left at each step, or knows it.
     """
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float, readings: BudgetReadings | None = None):
         self.seconds = seconds
+        self.readings = readings
         self._start = 0.0
         self._rate = 0.0
 
@@ -70,6 +74,8 @@ class TimeBudgetCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any, **_: Any) -> None:
         left = self._left(state)
+        if self.readings is not None:
+            left = self.readings.at_beginning(state.global_step, left)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * left
         self._rate = optimizer.param_groups[0]["lr"]
@@ -79,7 +85,8 @@ class TimeBudgetCallback(TrainerCallback):
             state.log_history[-1]["learning_rate"] = self._rate
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._left(state) == 0.0:
+        left = self._left(state)
+        if left == 0.0 if self.readings is None else self.readings.is_spent(state.global_step, left):
             control.should_save = True
             control.should_training_stop = True
 

@@ -55,7 +55,7 @@ def _in_numbers(line: pd.Series) -> str:
 
 def _draw(lines: pd.DataFrame) -> str:
     """Returns a line chart as SVG: what was logged thin, and its running mean over an eighth of the curve thick."""
-    import matplotlib as mpl  # slow to import, and only in the demo extra
+    import matplotlib as mpl  # slow to import
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE):

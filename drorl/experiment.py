@@ -4,16 +4,12 @@ import dataclasses
 import json
 import logging
 import math
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -28,8 +24,8 @@ from .errors import OutputError
 from .evaluation import Record, aggregate, evaluate_rows, per_question, score_permutations
 from .manifest import find_checkpoint
 from .metrics import contains_answer
-from .models import measure_gflops
 from .pipeline import RAGPipeline
+from .provenance import PACKAGES, command, commit, machine
 from .settings import DROSettings
 from .statistics import bootstrap_mean, paired_bootstrap
 from .weights import importance_weights, log_importance_weights
@@ -179,10 +175,8 @@ class Experiment:
             "n_eval": len(self.rows),
             "minutes": minutes,
             "machine": {**machine(), "dtype": self.dtype},
-            "versions": {
-                name: version(name) for name in ("drorl", "torch", "trl", "transformers", "peft", "datasets")
-            },
-            "command": " ".join(sys.argv),
+            "versions": {name: version(name) for name in PACKAGES},
+            "command": " ".join(command()),
             "commit": commit(),
             "config": {**script, **_own_settings(self.config)},
             "dataset": {"name": facts["name"], "split": "test", "facts": facts},
@@ -260,24 +254,6 @@ def set_aside(run_dir: Path) -> None:
     PartialState().wait_for_everyone()
 
 
-def machine() -> dict[str, Any]:
-    """Returns what the timings depend on: processor, threads, speed of matrix products in float32 and bfloat16."""
-    gpu = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "gflops": None if gpu else round(measure_gflops(torch.float32)),
-        "gflops_bfloat16": None if gpu else round(measure_gflops(torch.bfloat16, at_least=1000)),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
-
-
 def example_table(example: Mapping[str, Any]) -> Table:
     """Returns a worked example for the terminal: what was chosen, how likely, and answered, before and after."""
     gold = ", ".join(example["answers"][:3])
@@ -305,12 +281,6 @@ def _own_settings(config: DROConfig) -> dict[str, Any]:
     inherited += ("max_steps", "num_train_epochs", "lr_scheduler_type", "seed")
     own = [f.name for f in dataclasses.fields(DROSettings)]
     return {name: getattr(config, name) for name in (*own, *inherited)}
-
-
-def commit() -> str | None:
-    """Returns the commit of the code that runs, if it is in a repository."""
-    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return result.stdout.strip() or None
 
 
 def _difference(before: Sequence[Record], after: Sequence[Record], metric: str) -> dict[str, Any]:

@@ -184,7 +184,8 @@ def load_model_and_tokenizer(
         name_or_path (`str`): the alias `"smollm2-135m"`, a folder, or a name on the hub.
         dtype (`str` or `torch.dtype`): see [`choose_dtype`].
         trust_remote_code (`bool`): run code that comes with the model.
-        **kwargs: passed on to `AutoModelForCausalLM.from_pretrained`.
+        **kwargs: passed on to `AutoModelForCausalLM.from_pretrained`; weights that are pickled are refused, unless
+            `use_safetensors=False` is among them.
 
     Raises:
         ValueError: a local folder holds a model without its tokenizer.
@@ -194,7 +195,7 @@ def load_model_and_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=choose_dtype(dtype), trust_remote_code=trust_remote_code, **kwargs
+        path, dtype=choose_dtype(dtype), trust_remote_code=trust_remote_code, **{"use_safetensors": True, **kwargs}
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

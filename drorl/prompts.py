@@ -1,9 +1,10 @@
 """Prompts: the only place where text for a model is rendered and tokenized.
 
-Training, sampling, evaluation and serving all call [`PromptBuilder`], so they cannot differ. Four rules:
+Training, sampling, evaluation and serving all call [`PromptBuilder`], so they cannot differ. Five rules:
 
-- Text from outside (queries, passages, titles, answers) is tokenized with `split_special_tokens=True`: a passage that
-  contains `<|im_end|>` yields ordinary tokens, never a control token.
+- Text from outside (queries, passages, titles, answers) yields ordinary tokens, never a control token, also where it
+  contains `<|im_end|>`, or `<tool_call>`, which tokenizers do not call special.
+- A passage is one line, so that no text can write a line of the prompt: what begins with `[2]` is the prompt's own.
 - The selector reads the query before *and* after the passages (a causal model cannot judge a passage by a question it
   has not read yet); the generator reads it first, so that contexts share a long prefix.
 - What prompts have in common stands at their beginning, where it is encoded once.
@@ -88,6 +89,7 @@ class PromptBuilder:
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token, so an answer could never end")
+        self._control = _control_tokens(self.tokenizer)
         self._before, self._after = self._frame()
         self.end_id = self._end_of_turn()
 
@@ -118,7 +120,18 @@ class PromptBuilder:
         return self.tokenizer.apply_chat_template(turns, tokenize=False, **options).split(_CONTENT)
 
     def _encode(self, text: str, split_special: bool = True) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special)["input_ids"]
+        """Returns the tokens of a text; unless it is the chat template's, none of them is a control token."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special)["input_ids"]
+        if not split_special or self._control.keys().isdisjoint(ids):
+            return ids
+        return [token for i in ids for token in self._spelled(i)]
+
+    def _spelled(self, token: int) -> list[int]:
+        """Returns a control token as the text that it is, its characters one by one; others as they are."""
+        if token not in self._control:
+            return [token]
+        characters = [self.tokenizer(c, add_special_tokens=False)["input_ids"] for c in self._control[token]]
+        return [i for ids in characters for i in ids if i not in self._control]
 
     def selector(self, query: str, candidates: Sequence[Passage]) -> SelectorPrompt:
         """Returns the selector's prompt over N candidates, shown in the given order.
@@ -127,7 +140,7 @@ class PromptBuilder:
             PromptTooLongError: if the query and the identifiers alone exceed `max_prompt_tokens`.
             ValueError: if there are fewer than K candidates.
         """
-        titles, texts = [c["title"] for c in candidates], [c["text"] for c in candidates]
+        titles, texts = _lines(candidates)
         scores = [c.get("score") for c in candidates]
         identifiers = identifier_texts(self.identifiers, titles)
         headers = [
@@ -154,7 +167,7 @@ class PromptBuilder:
 
     def generator(self, query: str, passages: Sequence[Passage]) -> list[int]:
         """Returns the generator's prompt: the query, then the chosen passages in the order of the permutation."""
-        titles, texts = [p["title"] for p in passages], [p["text"] for p in passages]
+        titles, texts = _lines(passages)
         return self._prompt(query, GENERATOR_HEAD, titles, texts, GENERATOR_TAIL)
 
     def answer(self, answer: str) -> list[int]:
@@ -197,3 +210,25 @@ class PromptBuilder:
         self.num_passages += len(bodies)
         self.num_truncated_passages += sum(len(body) > limit for body in bodies)
         return [body[:limit] for body in bodies]
+
+
+def _lines(passages: Sequence[Passage]) -> tuple[list[str], list[str]]:
+    """Returns the titles and the texts, each as one line."""
+    return [_line(p["title"]) for p in passages], [_line(p["text"]) for p in passages]
+
+
+def _line(text: str) -> str:
+    return " ".join(text.splitlines())
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Returns id -> text of the tokens that mean something to a model beyond their text.
+
+    Those that are special, and those that were added and look like it: Qwen's `<tool_call>` and `<think>` are not
+    called special. Added words, or runs of spaces, are text. A token for what is unknown is no control token.
+    """
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    marked = {i for i, text in added.items() if text[0] + text[-1] in ("<>", "[]", "{}") and len(text) > 2}
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    control = (marked | set(tokenizer.all_special_ids)) - unknown
+    return {i: added.get(i) or str(tokenizer.convert_ids_to_tokens(i)) for i in control}

@@ -205,7 +205,7 @@ def run_cell(asked: Asked, work: Path) -> list[Cell]:
     from nq import load_data
 
     from drorl.comparison import nothing
-    from drorl.experiment import commit, machine
+    from drorl.provenance import commit, machine
 
     script, config = configured(asked, work)
     rows, _ = load_data(script)

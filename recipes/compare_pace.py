@@ -21,7 +21,7 @@ from nq import load_data
 from rich.progress import track
 from transformers import TrainerCallback
 
-from drorl.experiment import commit, machine
+from drorl.provenance import commit, machine
 
 ROUNDS, TIMED_QUERIES, TIMED_STEPS = 3, 16, 3
 

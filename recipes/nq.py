@@ -18,13 +18,14 @@ alternate per batch; the selector's policy is normalised over valid permutations
 retriever's order instead of RankZephyr's rankings.
 """
 
+import json
 import logging
 import sys
 import time
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from drorl.errors import UserError
 from drorl.settings import DROSettings, help_text
@@ -60,6 +61,9 @@ class ScriptArguments:
     )
     em_patience: int | None = field(default=None, metadata={"help": "EM iterations without gain before stopping."})
     max_minutes: float | None = field(default=None, metadata={"help": "Wall-clock time for the whole recipe."})
+    clock_of: str | None = field(
+        default=None, metadata={"help": "A run whose readings of the clock stand for max_minutes: drorl reproduce."}
+    )
 
     @property
     def warmup(self) -> tuple[int, float, bool]:
@@ -90,14 +94,38 @@ def load_data(script: ScriptArguments):
         return {split: load_rows(path, split) for split, path in files.items()}, {"name": script.train_file}
     from rich.console import Console
 
-    name = script.embedded_data
-    data = import_module(f"drorl.data.{name}")
+    name, data = script.embedded_data, _embedded(script)
     rows = getattr(data, f"load_{name}")()
     data.print_facts(Console(stderr=True))
     return rows, getattr(data, f"{name}_facts")()
 
 
-def load_model(script: ScriptArguments):
+def parse(arguments: list[str] | None = None) -> tuple[ScriptArguments, "DROConfig"]:
+    """Returns the settings of a command line, by default of this process."""
+    from trl import TrlParser
+
+    from drorl import DROConfig
+
+    return TrlParser((ScriptArguments, DROConfig)).parse_args_and_config(arguments)
+
+
+def described(script: ScriptArguments, config: "DROConfig") -> dict[str, Any]:
+    """Returns the content of `run.json`."""
+    from drorl.provenance import describe_run
+
+    files = {"train": script.train_file, "validation": script.validation_file, "test": script.test_file}
+    sources = {split: path for split, path in files.items() if path is not None}
+    embedded = {} if sources else {script.embedded_data: _embedded(script).build_key()}
+    models = [script.model_name_or_path, script.generator_model_name_or_path]
+    settings = {**vars(script), **config.to_dict()}
+    return describe_run(settings, sources, embedded, filter(None, models), [Path(__file__)])
+
+
+def _embedded(script: ScriptArguments):
+    return import_module(f"drorl.data.{script.embedded_data}")
+
+
+def load_model(script: ScriptArguments, **init: Any):
     """Returns the base with an adapter for each role, the tokenizer, and the separate generator if there is one."""
     from peft import LoraConfig
 
@@ -105,7 +133,7 @@ def load_model(script: ScriptArguments):
     from drorl.models import load_model_and_tokenizer
 
     def adapted(name, roles):
-        base, tokenizer = load_model_and_tokenizer(name, script.dtype)
+        base, tokenizer = load_model_and_tokenizer(name, script.dtype, **init)
         first = script.lora_first_layer
         config = LoraConfig(
             r=script.lora_r,
@@ -130,16 +158,22 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
 
     from drorl import DROTrainer
     from drorl.callbacks import EMIterationCallback, InterruptCallback, RichProgressCallback, TimeBudgetCallback
+    from drorl.clock import BudgetReadings
     from drorl.experiment import Experiment, before_after, example_table, last_checkpoint, set_aside, warmup_config
     from drorl.manifest import check_writable
+    from drorl.models import choose_dtype
+    from drorl.provenance import keep_record
     from drorl.report import summary_table, write_report
 
     torch.manual_seed(config.seed)
     run_dir, budget = Path(config.output_dir), script.max_minutes and 60 * script.max_minutes
     check_writable(run_dir)
+    repeated = None if script.clock_of is None else Path(script.clock_of)
     checkpoint = last_checkpoint(config)
     rows, facts = load_data(script)
-    model, tokenizer, generator, generator_tokenizer = load_model(script)
+    script.dtype = str(choose_dtype(script.dtype)).removeprefix("torch.")  # a measurement: once, and kept
+    record = described(script, config)
+    model, tokenizer, generator, generator_tokenizer = load_model(script, **(config.model_init_kwargs or {}))
     interrupt = InterruptCallback()
 
     def trainer_for(title, config, *callbacks):
@@ -160,15 +194,18 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
     # Everything is built, and so checked, before the first step is made or an earlier run is touched.
     callbacks = [] if script.em_patience is None else [EMIterationCallback("eval_f1", script.em_patience)]
     trainer = trainer_for("DRO", config, *callbacks)
-    questions = rows["test"].select(range(min(script.num_eval_questions or len(rows["test"]), len(rows["test"]))))
-    test = Experiment(config, questions)
+    asked = script.num_eval_questions or len(rows["test"])
+    if repeated is not None:  # as many as its clock allowed
+        asked = json.loads((repeated / "summary.json").read_text(encoding="utf-8"))["n_eval"]
+    test = Experiment(config, rows["test"].select(range(min(asked, len(rows["test"])))))
     warm = None
     if script.warmup_queries:
         warm = trainer_for("warm-up", warmup_config(config, *script.warmup))
         if budget is not None:
-            warm.add_callback(TimeBudgetCallback(0.12 * budget))
+            warm.add_callback(TimeBudgetCallback(0.12 * budget, BudgetReadings(run_dir, "warm-up", repeated)))
     if checkpoint is None:
         set_aside(run_dir)
+    keep_record(run_dir, record, resumed=checkpoint is not None)
 
     if warm is not None and checkpoint is None:
         warm.train()
@@ -179,7 +216,8 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
     elif warm is not None:
         warm.load_adapters(warm.args.output_dir)
 
-    test.evaluate("warmup", "warm-up", trainer.pipeline, seconds=budget and 0.17 * budget)
+    seconds = None if budget is None or repeated is not None else 0.17 * budget
+    test.evaluate("warmup", "warm-up", trainer.pipeline, seconds=seconds)
     before = test.examples("warmup", trainer.pipeline)
     test.evaluate("retriever_sft", "retriever's order, SFT generator", trainer.pipeline, "retriever")
     with trainer.pipeline.without_adapters():
@@ -189,7 +227,7 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
         left = budget - (time.monotonic() - start) - 1.1 * test.seconds["warmup"] - 30
         if left < 60:
             logger.warning("max_minutes=%.0f leaves no time for DRO: it gets one minute", script.max_minutes)
-        trainer.add_callback(TimeBudgetCallback(max(left, 60)))
+        trainer.add_callback(TimeBudgetCallback(max(left, 60), BudgetReadings(run_dir, "DRO", repeated)))
     trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.interrupted:
         logger.warning("Stopped at step %d. To go on: add --resume_from_checkpoint last", trainer.state.global_step)
@@ -215,15 +253,12 @@ def run() -> int:
         sys.stdout.write(help_text(__doc__ or "", ScriptArguments, DROSettings))
         return 0
     sys.argv = ["--help" if argument == "--help_all" else argument for argument in sys.argv]
-    from trl import TrlParser
-
-    from drorl import DROConfig
     from drorl.callbacks import leaving_on_signals
 
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("drorl").setLevel(logging.INFO)
     try:
-        arguments = TrlParser((ScriptArguments, DROConfig)).parse_args_and_config()
+        arguments = parse()
     except ValueError as error:
         logger.error("%s", error)
         return 2

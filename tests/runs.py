@@ -1,6 +1,7 @@
 """Short training runs on tiny models, and what is read from them."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from helpers import Gradients, accumulated
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from drorl.adapters import GENERATOR, SELECTOR, adapter_parameters
 from drorl.config import DROConfig
@@ -38,6 +39,29 @@ DEFAULTS: dict[str, Any] = {
 def config(output_dir: Path, **overrides: Any) -> DROConfig:
     """The settings of a short run."""
     return DROConfig(str(output_dir), **(DEFAULTS | overrides))
+
+
+def recipe_flags(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Any) -> list[str]:
+    """A command line of recipes/nq.py: the demo's configuration on a tiny model and made-up files, in seconds."""
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for split, count in (("train", 8), ("test", 5)):
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows(count)))
+    settings = {
+        "config": Path(__file__).parent.parent / "recipes/configs/nq_demo.yaml",
+        "model_name_or_path": folder / "model",
+        "train_file": folder / "train.jsonl",
+        "test_file": folder / "test.jsonl",
+        "output_dir": folder / "run",
+        "lora_first_layer": 1,
+        "warmup_queries": 8,
+        "max_steps": 2,
+        "save_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "dtype": "float32",
+        "max_minutes": 5,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 def near_permutations(tokenizer: PreTrainedTokenizerBase, names: str = "123456") -> dict[str, Any]:

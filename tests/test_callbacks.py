@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import drorl.callbacks
 from drorl.callbacks import EMIterationCallback, InterruptCallback, RichProgressCallback, TimeBudgetCallback
+from drorl.clock import BudgetReadings, read_clock
 from drorl.trainer import DROTrainer
 
 Rows = list[dict[str, Any]]
@@ -110,6 +111,34 @@ def test_a_time_budget_anneals_to_zero_and_stops(make_trainer: Make, clock: Cloc
     assert trainer.state.global_step == 4
     shares = [1.0, 0.75, 0.5, 0.25]
     assert rates == [[pytest.approx(1e-2 * share), pytest.approx(4e-2 * share)] for share in shares]
+
+
+def test_a_budget_is_spent_again_without_a_clock(make_trainer: Make, clock: Clock, tmp_path: Path) -> None:
+    """Given the readings, a run has the same rates and the same last step, however fast its machine is now."""
+    rates: list[float] = []
+
+    class Step(TrainerCallback):
+        def __init__(self, seconds: float):
+            self.seconds = seconds
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+            clock.seconds += self.seconds
+
+    for place, seconds, of in (("run", 30.0, None), ("again", 0.0, tmp_path / "run")):
+        readings = BudgetReadings(tmp_path / place, "DRO", of)
+        make_trainer(callbacks=[TimeBudgetCallback(100.0, readings), Step(seconds)], max_steps=1000).train()
+    assert len(rates) == 8
+    assert rates[:4] == rates[4:] == pytest.approx([1e-2 * left for left in (1.0, 0.7, 0.4, 0.1)])
+    assert (tmp_path / "again/clock.jsonl").read_text() == (tmp_path / "run/clock.jsonl").read_text()
+
+
+def test_steps_made_again_count_once(tmp_path: Path) -> None:
+    """Of a run that was killed after its fourth step and went on from its second, the later readings hold."""
+    for phase, step, left in (("DRO", 0, 1.0), ("DRO", 1, 0.9), ("DRO", 2, 0.8), ("DRO", 3, 0.7), ("DRO", 2, 0.6)):
+        BudgetReadings(tmp_path, phase).at_beginning(step, left)
+    BudgetReadings(tmp_path, "warm-up").at_beginning(3, 0.5)
+    assert read_clock(tmp_path, "DRO") == {0: 1.0, 1: 0.9, 2: 0.6}
 
 
 def test_with_time_to_spare_the_steps_decide(make_trainer: Make, clock: Clock) -> None:

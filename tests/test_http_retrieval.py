@@ -2,6 +2,7 @@
 
 import gzip
 import http.server
+import inspect
 import json
 import os
 import signal
@@ -20,8 +21,11 @@ import pytest
 import uvicorn
 from test_retrieval import passages
 
+from drorl.cli.retrieval import serve_retriever
+from drorl.cli.runs import serve
 from drorl.errors import InvalidInputError, UserError
 from drorl.retrieval import http as client
+from drorl.retrieval import server as server_module
 from drorl.retrieval.bm25 import BM25
 from drorl.retrieval.corpus import Corpus
 from drorl.retrieval.http import HTTPRetriever, RetrieverServerError
@@ -317,16 +321,34 @@ def test_others_get_what_search_r1_gives(bm25: BM25) -> None:
         (b'{"queries": ["a", "b", "c"]}', 400, "queries: 3 are more than this server takes: 2"),
         (b'{"queries": ["a"], "topk": 10}', 400, "topk: no number from 1 to 9: 10"),
         (b'{"queries": ["a"], "topk": true}', 400, "topk: no number"),
+        (b'{"queries": ["a", "b"], "topk": 9}', 400, "2 queries, topk 9: more than 17 passages"),
         (b'{"queries": ["a"], "return_scores": 1}', 400, "return_scores: neither true nor false: 1"),
         (b'{"queries": ["' + b"a" * 200 + b'"]}', 413, "longer than this server takes: 200 bytes"),
     ],
 )
 def test_requests_that_are_refused(bm25: BM25, content: bytes, status: int, detail: str) -> None:
     """With a status that blames the request, and JSON that says why."""
-    with serving(bm25, Limits(body_bytes=200, queries=2, top_k=9)) as url:
+    with serving(bm25, Limits(body_bytes=200, queries=2, top_k=9, passages=17)) as url:
         got, answer = raw(url, content)
     assert got == status
     assert detail in answer["detail"]
+
+
+def test_a_request_that_does_not_arrive_is_given_up(bm25: BM25, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that stops halfway is answered by 408 after its time, and the server serves on."""
+    monkeypatch.setattr(server_module, "_BODY_SECONDS", 0.2)
+    with serving(bm25) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as half:
+            half.sendall(b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert b" 408 " in half.recv(1000).split(b"\r\n")[0]
+        assert len(asked(url, queries=["river"])[0]) == 3
+
+
+def test_it_listens_on_this_machine_alone() -> None:
+    """Unless told otherwise, both servers are reached from nowhere else."""
+    for command in (serve, serve_retriever):
+        assert inspect.signature(command).parameters["host"].default == "127.0.0.1"
 
 
 def test_a_retriever_that_fails_is_a_failure_of_the_server(bm25: BM25) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from processes import launched
+from runs import recipe_flags
 from trl import TrlParser
 from typer.testing import CliRunner
 
@@ -90,26 +91,7 @@ def test_help_is_quick():
 @pytest.fixture
 def flags(tiny_model, tokenizer, rows, tmp_path):
     """A command line that runs the demo's configuration on a tiny model and made-up files, in seconds."""
-    tiny_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    for split, count in (("train", 8), ("test", 5)):
-        lines = [json.dumps(row) for row in rows(count)]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    settings = {
-        "config": RECIPES / "configs/nq_demo.yaml",
-        "model_name_or_path": tmp_path / "model",
-        "train_file": tmp_path / "train.jsonl",
-        "test_file": tmp_path / "test.jsonl",
-        "output_dir": tmp_path / "run",
-        "lora_first_layer": 1,
-        "warmup_queries": 8,
-        "max_steps": 2,
-        "save_steps": 1,
-        "gradient_accumulation_steps": 1,
-        "dtype": "float32",
-        "max_minutes": 5,
-    }
-    return [part for name, value in settings.items() for part in (f"--{name}", value)]
+    return recipe_flags(tmp_path, tiny_model(), tokenizer, rows)
 
 
 def test_the_demo_that_names_titles_runs(recipe, flags, tmp_path):

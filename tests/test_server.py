@@ -107,6 +107,31 @@ def test_only_adapters_may_be_large(client: TestClient, monkeypatch: pytest.Monk
     assert "not an adapter" in client.put("/drorl/adapters/selector", content=long).text
 
 
+def test_a_request_that_does_not_arrive_is_refused(service: server.Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that drips is given up after its time (408); after a whole one the server may take as long as it does."""
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.2)
+    parts: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        if parts:
+            return parts.pop(0)
+        await asyncio.sleep(0.3)
+        return {"type": "http.disconnect"}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    state = SimpleNamespace(args=Namespace(drorl=service.options))
+    scope = {"type": "http", "method": "POST", "path": "/select", "app": SimpleNamespace(state=state)}
+    limited = server.LimitBody(app)
+    parts += [{"type": "http.request", "body": b"x", "more_body": True}]
+    with pytest.raises(server.HTTPException, match="408.*within 0.2 s"):
+        asyncio.run(limited(scope, receive, None))
+    parts += [{"type": "http.request", "body": b"x", "more_body": False}]
+    asyncio.run(limited(scope, receive, None))
+
+
 def test_questions_are_answered_by_version(client: TestClient, adapted_model: Callable[..., PeftModel]) -> None:
     """The answer names who gave it; another version than the engine's is answered by 409."""
     adapter = Adapter.of(adapted_model(randomise=True), SELECTOR)

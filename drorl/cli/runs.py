@@ -1,4 +1,4 @@
-"""Commands about runs: train, report, serve."""
+"""Commands about runs: train, reproduce, report, serve."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,14 +18,58 @@ def train(context: typer.Context) -> None:
     import runpy
     import sys
 
+    recipe = _recipe()
+    sys.argv = [str(recipe), *context.args]
+    runpy.run_path(str(recipe), run_name="__main__")
+
+
+def _recipe() -> Path:
+    """The recipe: in an installed drorl it is inside it, in a checkout beside it."""
     package = Path(__file__).parents[1]
-    # In an installed drorl the recipe is inside it, in a checkout beside it.
     places = [package / "recipes" / "nq.py", package.parent / "recipes" / "nq.py"]
-    recipe = next((str(path) for path in places if path.is_file()), None)
-    if recipe is None:
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
         raise UserError(f"the recipe is not at {places[0]}: this drorl was not installed from its wheel or a checkout")
-    sys.argv = [recipe, *context.args]
-    runpy.run_path(recipe, run_name="__main__")
+    return found
+
+
+@app.command()
+def reproduce(
+    run_dir: Annotated[Path, typer.Argument(help="A finished run, with run.json.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Directory of the repeated run. Default: beside it, with .repeated.")
+    ] = None,
+) -> None:
+    """Repeat a run and compare the results: 0 equal, 1 different, 2 cannot be repeated are the exit codes.
+
+    Adapters are compared bit for bit, then the log, metrics and predictions. Settings, versions, code, data, threads
+    that are no longer the same are named before it starts.
+    """
+    import json
+    import os
+
+    try:
+        recorded = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["machine"]["threads"]
+    except (OSError, ValueError, KeyError) as error:
+        typer.echo(f"drorl: {run_dir} has no run.json that can be read: {error}", err=True)
+        raise typer.Exit(2) from error
+    os.environ.setdefault("OMP_NUM_THREADS", str(recorded))  # which torch reads when it is imported, below
+
+    from .. import reproduction
+
+    output = output or run_dir.with_name(f"{run_dir.resolve().name}.repeated")
+    try:
+        run = reproduction.read_run(run_dir)
+        for change in reproduction.changes(run, _recipe()):
+            typer.echo(f"changed since the run: {change}", err=True)
+        reproduction.repeat(run, _recipe(), run_dir, output)
+        found = reproduction.compare(run_dir, output)
+    except (UserError, OSError) as error:
+        typer.echo(f"drorl: {error}", err=True)
+        raise typer.Exit(2) from error
+    for line in found or [f"equal, bit for bit: {run_dir} and {output}"]:
+        typer.echo(line)
+    raise typer.Exit(int(bool(found)))
 
 
 @app.command()

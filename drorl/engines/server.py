@@ -5,6 +5,7 @@ of the OpenAI routes too. For a base model, `/drorl/...`: a trainer brings its a
 next (`vllm_mode=server`). `/health`, `/v1/...` and the rest are vLLM's.
 """
 
+import asyncio
 import errno
 import os
 import socket
@@ -38,6 +39,7 @@ from .vllm import engine_settings, start_error
 
 MAX_ADAPTER_BYTES, MAX_QUESTION_BYTES = 4 * 2**30, 64 * 2**20  # of a trainer's requests
 MAX_PROMPTS, MAX_BRANCHES = 2**14, 2**18
+BODY_SECONDS, ADAPTER_SECONDS = 30.0, 600.0  # in which a request has to arrive
 
 
 @dataclass
@@ -241,7 +243,7 @@ def _if_fresh(ask: Any, *arguments: Any) -> Any:
 
 # --------------------------------------------------------------------------------------------------------- the server
 class LimitBody:
-    """Refuses requests that are longer than they may be, before they are read."""
+    """Refuses requests that are longer than they may be, before they are read, or that do not arrive."""
 
     def __init__(self, app: Any):
         self._app = app
@@ -249,15 +251,23 @@ class LimitBody:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        limit, size = _options(scope["app"].state.args).max_body_bytes, 0
+        limit, size, complete = _options(scope["app"].state.args).max_body_bytes, 0, False
+        adapter = scope["method"] == "PUT" and scope["path"].startswith("/drorl/adapters/")
         if scope["path"].startswith("/drorl/"):
-            adapter = scope["method"] == "PUT" and scope["path"].startswith("/drorl/adapters/")
             limit = MAX_ADAPTER_BYTES if adapter else MAX_QUESTION_BYTES
+        seconds = ADAPTER_SECONDS if adapter else BODY_SECONDS
+        deadline = asyncio.get_running_loop().time() + seconds
 
         async def limited() -> Any:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
+            nonlocal size, complete
+            if complete:  # what is still received is that the client has gone, for which nobody waits too long
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408, f"the request did not arrive within {seconds:g} s") from error
+            size, complete = size + len(message.get("body", b"")), not message.get("more_body", False)
             if size > limit:
                 raise HTTPException(413, f"the request is longer than this server takes: {limit} bytes")
             return message

@@ -40,12 +40,14 @@ class Limits:
         body_bytes (`int`): its length.
         queries (`int`): how many.
         top_k (`int`): passages of each.
+        passages (`int`): of all its queries together; the answer takes about a kilobyte for each.
         requests (`int`): at the same time; more are told to come back (HTTP 503).
     """
 
     body_bytes: int = 1 << 22
     queries: int = 1_024
     top_k: int = 1_000
+    passages: int = 100_000
     requests: int = 256
 
 
@@ -102,6 +104,8 @@ def _asked(body: bytes, limits: Limits) -> tuple[list[str], int, bool]:
         raise HTTPException(400, f"queries: {len(queries):,} are more than this server takes: {limits.queries:,}")
     if type(k) is not int or not 1 <= k <= limits.top_k:
         raise HTTPException(400, f"topk: no number from 1 to {limits.top_k:,}: {str(k)[:80]}")
+    if len(queries) * k > limits.passages:
+        raise HTTPException(400, f"{len(queries):,} queries, topk {k:,}: more than {limits.passages:,} passages")
     if not isinstance(scored, bool):
         raise HTTPException(400, f"return_scores: neither true nor false: {str(scored)[:80]}")
     return queries, k, scored
