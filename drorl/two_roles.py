@@ -217,7 +217,9 @@ class TwoRoleTrainer(AtomicCheckpoints):
         self, rollouts: list[Rollout], generator_logps: torch.Tensor, weighting: Weighting
     ) -> dict[str, torch.Tensor]:
         """Returns the metrics of a batch's weights, and now and then whether the generator reads its passages."""
-        if self.args.on_unhealthy == "ignore" or (self.state.global_step + 1) % probe_interval(self.args):
+        due = (self.state.global_step + 1) % probe_interval(self.args) == 0
+        # Where the base is sharded every process has to make the same passes, and a probe may find none to make.
+        if self.args.on_unhealthy == "ignore" or self.is_sharded or not due:
             return dict(weighting.metrics)
         asked = self.train_dataset, self.state.global_step
         gain = reads_context(self.pipeline, rollouts, generator_logps, weighting.prior_weights, *asked)
