@@ -31,9 +31,9 @@ SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then echo localhost; else echo "$@" > requeued; fi
 """
 LAUNCHER = """#!/bin/bash
+trap 'exit 0' USR1
 printf '%s\\n' "$@" > arguments
 echo $$ > launcher.pid.tmp && mv launcher.pid.tmp launcher.pid
-trap 'exit 0' USR1
 case $DOES in finish) touch "$OUTPUT/summary.json" ;; fail) exit 1 ;; train) sleep 60 & wait ;; esac
 """
 
