@@ -225,6 +225,7 @@ class HealthCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict, model: Any, **_: Any
     ) -> None:
+        """Asks every rule after a training entry; what it finds is said once, and with `stop` ends the run, saved."""
         if "loss" not in logs:
             return
         log = Log(state.log_history)
