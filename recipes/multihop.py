@@ -1,6 +1,6 @@
 r"""Two-hop questions: does it help to choose the second passage in the light of the first?
 
-    python recipes/multihop.py                         # on 2 CPU cores; stop and start at any time
+    python recipes/multihop.py                         # 33 minutes of 2 CPU cores; stop and start at any time
     python recipes/multihop.py --seeds 1 2 3 --budgets "160 queries"
 
 On the embedded data set VitalHop, K = 2 of N = 9 passages: three selectors from the same warm-up on the same queries
