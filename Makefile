@@ -54,7 +54,7 @@ install-colbert: $(COLBERT_INSTALLED) ## create .venv-colbert with PyLate and th
 $(COLBERT_INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv-colbert
 	.venv-colbert/bin/python -m pip install --disable-pip-version-check 'pylate>=1.6,<1.7' 'bm25s>=0.3' 'ijson>=3.3' \
-		'PyStemmer>=2.2' 'pytest>=9,<10' 'starlette>=0.46' 'typer>=0.12' 'uvicorn>=0.34' 'zstandard>=0.23'
+		'PyStemmer>=2.2' 'pytest>=9,<10' 'requests>=2.32' 'starlette>=0.46' 'typer>=0.12' 'uvicorn>=0.34' 'zstandard>=0.23'
 	.venv-colbert/bin/python -m pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
 

@@ -78,7 +78,7 @@ def _sizes(n: int, k: int, m: int, tokens: int, **settings: Any) -> dict[str, An
 
 CASES = {
     "demo": _demo(),
-    "paper": Case(_sizes(20, 5, 8, 48)),  # benchmarks/step.py
+    "paper": Case(_sizes(20, 5, 8, 48, proposal_temperature=100.0)),  # uniform, as a plan draws
     "narrow": Case(
         _sizes(10, 3, 4, 96, per_device_train_batch_size=8),
         {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 12, "heads": (8, 2)},

@@ -255,7 +255,7 @@ def test_what_a_trainer_would_refuse_is_refused(wrong: dict[str, Any], needed: s
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["demo", "paper", "narrow", "wide", "checkpointed"])
 def test_peaks_of_real_steps_are_as_planned(case: str) -> None:
-    """Within 15 % (issue 8): what two steps add to a process, and the process as a whole."""
+    """Within 15 %: what two steps add to a process, and the process as a whole."""
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "memory.py"), "--case", case]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = json.loads(output.splitlines()[-1])
