@@ -34,7 +34,6 @@ PAPER = {
   eprint = {arXiv:2505.03075},
 }""",
 }
-"""As TRL's trainers keep theirs."""
 TRL_CITATION = """\
 @software{vonwerra2020trl,
   title   = {{TRL: Transformers Reinforcement Learning}},

@@ -232,6 +232,7 @@ def warmup_config(
         save_strategy="no",
         load_best_model_at_end=False,
         push_to_hub=False,
+        hub_model_id=None,
     )
 
 

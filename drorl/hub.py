@@ -13,7 +13,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .card import PAPER, TAGS, model_card
+from .card import TAGS, model_card
 from .manifest import STAGING
 from .pipeline import RAGPipeline
 
@@ -29,8 +29,6 @@ class SharedOnHub(GRPOTrainer):
     `run.json` and `training_args.bin`, in which transformers leaves the token, stay here.
     """
 
-    _name = "DRO"
-    _paper = PAPER
     _tag_names = list(TAGS)
     pipeline: RAGPipeline
 
@@ -39,7 +37,7 @@ class SharedOnHub(GRPOTrainer):
         folder = Path(self.args.output_dir)
         folder = folder.parent if folder.name == STAGING else folder
         repo = self.hub_model_id or self.args.hub_model_id or folder.resolve().name
-        tags = [tags] if isinstance(tags, str) else tags or []
+        tags = [tags] if isinstance(tags, str) else tags or ()
         return model_card(self.pipeline, self.args, repo, self.state.global_step, tags=tags, **known)
 
     def create_model_card(
@@ -47,7 +45,7 @@ class SharedOnHub(GRPOTrainer):
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
-        **known,
+        **kwargs: Any,
     ) -> None:
         """Writes `README.md` to the output directory.
 
@@ -55,10 +53,10 @@ class SharedOnHub(GRPOTrainer):
             model_name (`str`, *optional*): not read: the card is that of `hub_model_id`, or of the directory.
             dataset_name (`str`, *optional*): the training data's name on the hub.
             tags (`str` or `list[str]`, *optional*): beside the card's own.
-            **known: `license` (`str`), of the adapters, and `summary`, the content of `summary.json`.
+            **kwargs: `license` (`str`), of the adapters, and `summary`, the content of `summary.json`.
         """
         if self.is_world_process_zero():
-            self._card(tags, dataset_name=dataset_name, **known).save(Path(self.args.output_dir) / CARD)
+            self._card(tags, dataset_name=dataset_name, **kwargs).save(Path(self.args.output_dir) / CARD)
 
     def push_to_hub(
         self,
@@ -66,11 +64,11 @@ class SharedOnHub(GRPOTrainer):
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
-        **known: Any,
+        **kwargs: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
         """As in `transformers.Trainer`; of the output directory only the pair, its card and its results are pushed.
 
-        `known` is what [`create_model_card`] takes; the results are pushed if there is a `summary` among it.
+        `kwargs` are those of [`create_model_card`]; the results are pushed if there is a `summary` among them.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -78,23 +76,22 @@ class SharedOnHub(GRPOTrainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(**known)
-        results = [CARD, *RESULTS] if known.get("summary") else [CARD]
-        return self._push_pair(results, commit_message, blocking, token, revision)
+        self.create_model_card(**kwargs)
+        results = [name for name in RESULTS if (Path(self.args.output_dir) / name).is_file()]
+        beside = [CARD, *(results if kwargs.get("summary") else [])]  # they may be an earlier run's
+        return self._upload_pair(beside, commit_message, token, revision, run_as_future=not blocking)
 
-    def _push_pair(
-        self, beside: Sequence[str], message: str | None, blocking: bool, token: str | None, revision: str | None
-    ) -> CommitInfo | Future[CommitInfo]:
-        """Pushes the pair, and files of the output directory beside it."""
-        folder = TemporaryDirectory(prefix="drorl-")  # what is in there is pushed, and nothing else can be
+    def _upload_pair(self, beside: Sequence[str], message: str | None, *where: str | None, **how: Any) -> Any:
+        """Uploads the pair and files of the output directory, from a folder in which there is nothing else."""
+        folder = TemporaryDirectory(prefix="drorl-")
         self.pipeline.save_pretrained(folder.name)
         for name in beside:
             shutil.copy(Path(self.args.output_dir) / name, folder.name)
-        pushed = self._upload(folder.name, message, token, revision, run_as_future=not blocking)
-        if blocking:
-            folder.cleanup()
-        else:
+        pushed = self._upload(folder.name, message, *where, **how)
+        if isinstance(pushed, Future):
             pushed.add_done_callback(lambda _: folder.cleanup())
+        else:
+            folder.cleanup()
         return pushed
 
     def _upload(
@@ -103,16 +100,11 @@ class SharedOnHub(GRPOTrainer):
         message: str | None,
         token: str | None = None,
         revision: str | None = None,
-        **where: Any,
+        **how: Any,
     ) -> Any:
-        return upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=folder,
-            commit_message=message,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            **where,
-        )
+        token, revision = token or self.args.hub_token, revision or self.args.hub_revision
+        named = {"repo_id": self.hub_model_id, "folder_path": folder, "commit_message": message}
+        return upload_folder(**named, token=token, revision=revision, **how)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing yet: the checkpoint is still being written aside. [`push_checkpoint`] comes when it is in place."""
@@ -126,7 +118,7 @@ class SharedOnHub(GRPOTrainer):
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         message = f"Training in progress, step {self.state.global_step}"
         try:
-            self._push_pair([CARD], message, blocking=True, token=None, revision=None)
+            self._upload_pair([CARD], message)
             if strategy in places:
                 self._upload(checkpoint, f"{message}, checkpoint", path_in_repo=places[strategy])
         except (HTTPError, OSError) as error:
