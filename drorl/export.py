@@ -1,6 +1,7 @@
 """A trained role as a model of its own: its adapter merged into the base, for software that knows nothing of PEFT."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -38,11 +39,12 @@ def export_role(run: str | Path, role: str, folder: Path, dtype: str | None = No
     model = PeftModel.from_pretrained(base, run / role, adapter_name=role).merge_and_unload(safe_merge=True)
     tokenizer = AutoTokenizer.from_pretrained(run / role if separate else run)
     if role == GENERATOR:
+        template: Any = settings.chat_template_kwargs
         model.generation_config = GenerationConfig(
             do_sample=False,
             max_new_tokens=settings.max_answer_length,
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=PromptBuilder(tokenizer, chat_template_kwargs=settings.chat_template_kwargs).end_id,
+            eos_token_id=PromptBuilder(tokenizer, chat_template_kwargs=template).end_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     model.to(written).save_pretrained(folder)

@@ -79,15 +79,16 @@ class SharedOnHub(GRPOTrainer):
         self.create_model_card(**kwargs)
         results = [name for name in RESULTS if (Path(self.args.output_dir) / name).is_file()]
         beside = [CARD, *(results if kwargs.get("summary") else [])]  # they may be an earlier run's
-        return self._upload_pair(beside, commit_message, token, revision, run_as_future=not blocking)
+        how = {"token": token, "revision": revision, "run_as_future": not blocking}
+        return self._upload_pair(beside, commit_message, **how)
 
-    def _upload_pair(self, beside: Sequence[str], message: str | None, *where: str | None, **how: Any) -> Any:
+    def _upload_pair(self, beside: Sequence[str], message: str | None, **how: Any) -> Any:
         """Uploads the pair and files of the output directory, from a folder in which there is nothing else."""
         folder = TemporaryDirectory(prefix="drorl-")
         self.pipeline.save_pretrained(folder.name)
         for name in beside:
             shutil.copy(Path(self.args.output_dir) / name, folder.name)
-        pushed = self._upload(folder.name, message, *where, **how)
+        pushed = self._upload(folder.name, message, **how)
         if isinstance(pushed, Future):
             pushed.add_done_callback(lambda _: folder.cleanup())
         else:
@@ -102,9 +103,14 @@ class SharedOnHub(GRPOTrainer):
         revision: str | None = None,
         **how: Any,
     ) -> Any:
-        token, revision = token or self.args.hub_token, revision or self.args.hub_revision
-        named = {"repo_id": self.hub_model_id, "folder_path": folder, "commit_message": message}
-        return upload_folder(**named, token=token, revision=revision, **how)
+        return upload_folder(
+            repo_id=str(self.hub_model_id),
+            folder_path=folder,
+            commit_message=message,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            **how,
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing yet: the checkpoint is still being written aside. [`push_checkpoint`] comes when it is in place."""

@@ -32,9 +32,9 @@ from .sharding import gathered
 
 SETTINGS_FILE = "drorl.json"
 BACKENDS = ("transformers", "vllm")
-LOADED = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.txt")
+LOADED = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 """What is downloaded of a run on the hub: nothing that is pickled."""
-CHECKPOINTS = ("*checkpoint*/*",)
+CHECKPOINTS = "*checkpoint*/*"
 Passage = Mapping[str, Any]
 
 
