@@ -165,7 +165,7 @@ def _results(summary: Mapping[str, Any], dataset: str) -> list[EvalResult]:
             metric_type=metric.key,
             metric_name=metric.label,
             metric_value=measured[metric.key],
-            metric_args={"ci95": measured["ci95"][metric.key], "questions": summary["n_eval"]},
+            metric_args={"ci95": list(measured["ci95"][metric.key]), "questions": summary["n_eval"]},
         )
         for metric in METRICS
         if measured.get(metric.key) is not None
