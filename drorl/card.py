@@ -123,7 +123,7 @@ def model_card(
         training=config,
         steps=steps,
         data=data,
-        lora=pipeline.owner(SELECTOR).peft_config[SELECTOR],
+        adapters=pipeline.owner(SELECTOR).peft_config[SELECTOR],
         dtype=str(pipeline.model.dtype).removeprefix("torch."),
         yaml=yaml_dump(_changed(config), sort_keys=False).strip(),
         prompts=_prompts(pipeline),
