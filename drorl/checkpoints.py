@@ -18,14 +18,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
-from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .adapters import REFERENCE, ROLES, SELECTOR, load_adapter_weights, remember_selector
 from .buffer import packed, unpacked
 from .errors import InvalidInputError, OutputError, UserError
+from .hub import CARD, SharedOnHub
 from .manifest import STAGING, check_writable, find_checkpoint, newest_whole, problem_of, write_manifest
-from .pipeline import RAGPipeline
 from .randomness import RandomState
 
 CRITIC_FILE = "critic.safetensors"
@@ -75,8 +74,8 @@ def publish_checkpoint(staging: Path, run_dir: Path, state: TrainerState, save_t
         if replaced.exists():
             os.replace(replaced, place)
         raise
-    if (staging / "README.md").exists():  # the model card
-        os.replace(staging / "README.md", run_dir / "README.md")
+    if (staging / CARD).exists():
+        os.replace(staging / CARD, run_dir / CARD)
     shutil.rmtree(staging)
     rotate_checkpoints(
         output_dir=str(run_dir),
@@ -103,10 +102,9 @@ class GoOn(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
 
-class AtomicCheckpoints(GRPOTrainer):
+class AtomicCheckpoints(SharedOnHub):
     """The part of [`DROTrainer`] that saves both adapters and goes on from them."""
 
-    pipeline: RAGPipeline
     _step_began: tuple[int, RandomState, dict[str, Any]] | None = None
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableSampler:
@@ -123,7 +121,9 @@ class AtomicCheckpoints(GRPOTrainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.pipeline.save_pretrained(output_dir or self.args.output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
+        self.pipeline.save_pretrained(folder, state_dict)
+        self._card().save(Path(folder) / CARD)  # in place of PEFT's, which knows of one adapter
 
     def train(
         self,
@@ -293,6 +293,7 @@ class AtomicCheckpoints(GRPOTrainer):
                 publish_checkpoint(run_dir / STAGING, run_dir, self.state, self.args.save_total_limit)
         best = broadcast_object_list([self.state.best_model_checkpoint])  # other processes know its staging place
         self.state.best_model_checkpoint = best[0]
+        self.push_checkpoint(run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def _write_aside(self, model: nn.Module, trial: Any, staging: Path) -> None:
         """Writes the checkpoint of this step, all processes their part of it, to a directory in `staging`."""

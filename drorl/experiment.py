@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .adapters import ROLES
-from .config import DROConfig
+from .config import SHAPING, DROConfig
 from .data.rows import validate_rows
 from .errors import OutputError
 from .evaluation import Record, aggregate, evaluate_rows, per_question, score_permutations
@@ -26,7 +26,6 @@ from .manifest import find_checkpoint
 from .metrics import contains_answer
 from .pipeline import RAGPipeline
 from .provenance import PACKAGES, command, commit, machine
-from .settings import DROSettings
 from .statistics import bootstrap_mean, paired_bootstrap
 from .weights import importance_weights, log_importance_weights
 
@@ -178,7 +177,7 @@ class Experiment:
             "versions": {name: version(name) for name in PACKAGES},
             "command": " ".join(command()),
             "commit": commit(),
-            "config": {**script, **_own_settings(self.config)},
+            "config": {**script, **{name: getattr(self.config, name) for name in SHAPING}},
             "dataset": {"name": facts["name"], "split": "test", "facts": facts},
             "num_samples_iw_elbo": self.num_samples,
             "answer_target": self.answer_target,
@@ -232,6 +231,8 @@ def warmup_config(
         eval_strategy="no",
         save_strategy="no",
         load_best_model_at_end=False,
+        push_to_hub=False,
+        hub_model_id=None,
     )
 
 
@@ -273,14 +274,6 @@ def example_table(example: Mapping[str, Any]) -> Table:
         )
         table.add_row(*(Text(cell) for cell in row))
     return table
-
-
-def _own_settings(config: DROConfig) -> dict[str, Any]:
-    """Returns drorl's settings and those of TRL and transformers that shape a run."""
-    inherited = ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
-    inherited += ("max_steps", "num_train_epochs", "lr_scheduler_type", "seed")
-    own = [f.name for f in dataclasses.fields(DROSettings)]
-    return {name: getattr(config, name) for name in (*own, *inherited)}
 
 
 def _difference(before: Sequence[Record], after: Sequence[Record], metric: str) -> dict[str, Any]:

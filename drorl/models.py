@@ -93,12 +93,12 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def resolve_model(name_or_path: str) -> str:
-    """What `from_pretrained` is to be given: the embedded build for `"smollm2-135m"`, all else unchanged.
+    """What `from_pretrained` is to be given: the embedded build for its names, all else unchanged.
 
     Raises:
         ValueError: a local folder holds a model without its tokenizer.
     """
-    if name_or_path == SMOLLM2_ALIAS:
+    if name_or_path in (SMOLLM2_ALIAS, SMOLLM2_BUILD):
         return str(build_smollm2())
     folder = Path(name_or_path)
     if (folder / "config.json").is_file() and not any(folder.glob("tokenizer*")):
@@ -107,6 +107,14 @@ def resolve_model(name_or_path: str) -> str:
             f"`tokenizer.save_pretrained({name_or_path!r})`."
         )
     return name_or_path
+
+
+def portable_name(name_or_path: str) -> str:
+    """What [`resolve_model`] takes on any machine: the name of the embedded build for its folder, all else unchanged.
+
+    It is not the alias, which may stand for another build one day.
+    """
+    return SMOLLM2_BUILD if Path(name_or_path).name == SMOLLM2_BUILD else name_or_path
 
 
 def choose_dtype(dtype: str | torch.dtype) -> torch.dtype:

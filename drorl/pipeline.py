@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from httpx import HTTPError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import GENERATOR, ROLES, SELECTOR, activate, adapter_parameters, trainable_roles
 from .data.rows import RowError
 from .errors import InvalidInputError
-from .models import load_model_and_tokenizer
+from .models import load_model_and_tokenizer, portable_name
 from .policy import Decisions, Drawing, SelectorPolicy
 from .ppo import ValueHead
 from .prompts import PromptBuilder, PromptTooLongError, SelectorPrompt
@@ -29,6 +32,9 @@ from .sharding import gathered
 
 SETTINGS_FILE = "drorl.json"
 BACKENDS = ("transformers", "vllm")
+LOADED = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
+"""What is downloaded of a run on the hub: nothing that is pickled."""
+CHECKPOINTS = "*checkpoint*/*"
 Passage = Mapping[str, Any]
 
 
@@ -108,19 +114,19 @@ class RAGPipeline:
         """Loads a pipeline that [`DROTrainer.save_model`] wrote: `selector/`, `generator/`, tokenizer, `drorl.json`.
 
         Args:
-            run_dir (`str` or `Path`): the run's directory.
+            run_dir (`str` or `Path`): the run's directory, or its name on the hub.
             dtype (`str`): see [`~models.choose_dtype`].
             device (`str`, *optional*): default: a GPU if there is one. vLLM takes the one it was built for.
             backend (`str`): `transformers`, or `vllm`: both adapters on one engine; see [`~engines.pipeline`].
             **engine: `window` and `memory` of the engine, see [`~engines.vllm.LocalEngine`].
 
         Raises:
-            FileNotFoundError: if `run_dir` is not such a directory.
+            FileNotFoundError: if `run_dir` is not such a directory, and not on the hub.
             InvalidInputError: if it is not whole, or its base model is not there.
             TypeError: if `backend` has no such keyword.
             ValueError: if there is no such `backend`, or it is vLLM, which has no `device` to choose.
         """
-        run_dir = Path(run_dir)
+        run_dir = run_folder(run_dir)
         base_name, generator_name, settings = saved_run(run_dir)
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
@@ -160,8 +166,8 @@ class RAGPipeline:
         if self.generator_model is not None:
             self.generator_tokenizer.save_pretrained(run_dir / GENERATOR)
         saved = {
-            "base_model": self.model.get_base_model().name_or_path,
-            "generator_base_model": self.generator_model and self.generator_model.get_base_model().name_or_path,
+            "base_model": self.base_name(SELECTOR),
+            "generator_base_model": self.generator_model and self.base_name(GENERATOR),
             "settings": dataclasses.asdict(self.settings),
         }
         (run_dir / SETTINGS_FILE).write_text(json.dumps(saved, indent=2) + "\n")
@@ -175,6 +181,10 @@ class RAGPipeline:
     def owner(self, role: str) -> PeftModel:
         """Returns the model that carries the adapter of `role`."""
         return self.generator_model if role == GENERATOR and self.generator_model is not None else self.model
+
+    def base_name(self, role: str) -> str:
+        """Returns the name of the base of `role`: one on the hub, of the embedded model, or a folder."""
+        return portable_name(self.owner(role).get_base_model().name_or_path)
 
     def parameters(self, role: str) -> list[torch.nn.Parameter]:
         """The adapter's parameters of one role."""
@@ -289,6 +299,23 @@ class RAGPipeline:
         )
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+
+def run_folder(run: str | Path) -> Path:
+    """Returns where the files of a run lie: its directory, or the hub's cache.
+
+    Raises:
+        FileNotFoundError: if there is no such directory, and no such run on the hub, or it is out of reach.
+    """
+    if Path(run).exists():
+        return Path(run)
+    try:
+        return Path(snapshot_download(str(run), allow_patterns=LOADED, ignore_patterns=CHECKPOINTS))
+    except (HFValidationError, HTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{run} is not a drorl run: it has no {SETTINGS_FILE}, and on the hub: {reason}"
+        ) from error
 
 
 def saved_run(run_dir: Path) -> tuple[str, str | None, PipelineSettings]:

@@ -81,6 +81,7 @@ def repeat(run: Mapping[str, Any], recipe: Path, run_dir: Path, output: Path) ->
     """
     command = [sys.executable, str(recipe), *arguments_of(run)]
     command += ["--output_dir", str(output.resolve()), "--clock_of", str(run_dir.resolve())]
+    command += ["--push_to_hub", "false"]  # the first one's place is taken
     done = subprocess.run(command, cwd=run["directory"], env=environment_of(run), check=False)
     if done.returncode:
         raise InvalidInputError(f"the repeated run has failed, with exit code {done.returncode}")

@@ -112,7 +112,7 @@ def warmup_folder(asked: Asked, script: "ScriptArguments", config: "DROConfig", 
     from drorl.settings import PipelineSettings
 
     # What is asked later is no part of the warm-up, and the data have a name.
-    left_out = ("num_eval_questions", "max_minutes", "em_patience", "embedded_data")
+    left_out = ("num_eval_questions", "max_minutes", "em_patience", "embedded_data", "license")
     depends = [
         data_of(asked.settings),
         dtype,

@@ -61,6 +61,9 @@ class ScriptArguments:
     )
     em_patience: int | None = field(default=None, metadata={"help": "EM iterations without gain before stopping."})
     max_minutes: float | None = field(default=None, metadata={"help": "Wall-clock time for the whole recipe."})
+    license: str | None = field(
+        default=None, metadata={"help": "Of the adapters, for the model card, as the hub calls it: apache-2.0."}
+    )
     clock_of: str | None = field(
         default=None, metadata={"help": "A run whose readings of the clock stand for max_minutes: drorl reproduce."}
     )
@@ -244,6 +247,9 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
         for example in examples:
             console.print(example_table(example))
         console.print(f"{minutes:.1f} minutes. Report: {write_report(run_dir)}, figures: {run_dir / 'summary.json'}")
+    trainer.create_model_card(license=script.license, summary=summary)
+    if config.push_to_hub:
+        trainer.push_to_hub(license=script.license, summary=summary)
     return 0
 
 

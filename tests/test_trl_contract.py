@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl import __version__ as trl_version
 
 from drorl.checkpoints import AtomicCheckpoints
+from drorl.hub import SharedOnHub
 from drorl.trainer import DROTrainer
 from drorl.two_roles import TwoRoleTrainer
 
@@ -41,6 +42,9 @@ OVERRIDDEN_TRL_HOOKS = {
     "_save": ("output_dir", "state_dict"),
     "create_optimizer": ("model",),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
+    "create_model_card": ("model_name", "dataset_name", "tags"),
+    "push_to_hub": ("commit_message", "blocking", "token", "revision"),
+    "_push_from_checkpoint": ("checkpoint_folder",),
 }
 USED_TRL_HOOKS = {
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations"),
@@ -49,6 +53,7 @@ USED_TRL_HOOKS = {
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_load_scaler": ("checkpoint",),
 }
+OWNERS = (DROTrainer, TwoRoleTrainer, AtomicCheckpoints, SharedOnHub)
 HOOKS = {**OVERRIDDEN_TRL_HOOKS, **USED_TRL_HOOKS}
 
 
@@ -79,7 +84,7 @@ def own_names() -> set[str]:
     """The methods and properties that `DROTrainer` defines, `__init__` and TRL's labels for model cards apart."""
     return {
         name
-        for name, value in (*vars(DROTrainer).items(), *vars(TwoRoleTrainer).items(), *vars(AtomicCheckpoints).items())
+        for name, value in chain.from_iterable(vars(owner).items() for owner in OWNERS)
         if not name.startswith("__") and (callable(value) or isinstance(value, (property, staticmethod)))
     }
 
@@ -91,8 +96,7 @@ def test_the_list_of_overrides_is_complete() -> None:
 
 def attributes_of_self() -> tuple[set[str], set[str]]:
     """The names that the methods of `DROTrainer` read from `self`, and those that they set."""
-    owners = (DROTrainer, TwoRoleTrainer, AtomicCheckpoints)
-    classes = [ast.parse(textwrap.dedent(inspect.getsource(cls))) for cls in owners]
+    classes = [ast.parse(textwrap.dedent(inspect.getsource(owner))) for owner in OWNERS]
     read, written = set(), set()
     for node in chain.from_iterable(map(ast.walk, classes)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":

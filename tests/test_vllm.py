@@ -27,12 +27,13 @@ from processes import launch, starter, task, worker
 from runs import adapter_state, assert_identical, base_state, config
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from drorl.adapters import ROLES, SELECTOR, activate, add_adapters
+from drorl.adapters import GENERATOR, ROLES, SELECTOR, activate, add_adapters
 from drorl.engines.base import Branch, Completion, Engine, EngineDecisions, EngineError
 from drorl.engines.delivery import Adapter, base_fingerprint
 from drorl.engines.remote import RemoteEngine
 from drorl.engines.vllm import LocalEngine
 from drorl.errors import InvalidInputError
+from drorl.export import export_role
 from drorl.models import build_smollm2
 from drorl.pipeline import PipelineSettings, RAGPipeline
 from drorl.trainer import DROTrainer
@@ -517,3 +518,19 @@ def test_a_pipeline_on_vllm(run_dir: Path, rows: Rows) -> None:
             assert [c.passage for c in actual.citations] == [c.passage for c in expected.citations]
     finally:
         theirs.close()
+
+
+def test_an_exported_generator_is_a_model_like_others(run_dir: Path, rows: Rows, tmp_path: Path) -> None:
+    """vLLM itself loads what `drorl export` writes, takes its length and its end, and answers as the run does."""
+    export_role(run_dir, GENERATOR, tmp_path / "merged", "float32")
+    ours = RAGPipeline.from_pretrained(run_dir, dtype="float32")
+    prompts = [ours.generator_prompts.generator(row["query"], row["candidates"][:2]) for row in rows(3, 6)]
+    engine = LocalEngine(str(tmp_path / "merged"), torch.float32, 8, window=1024, native_lora=False)
+    try:
+        params = engine.llm.get_default_sampling_params()
+        assert params.max_tokens == 8
+        params.temperature = 0.0
+        outputs = engine.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        assert [output.outputs[0].text.strip() for output in outputs] == ours.generate(prompts)
+    finally:
+        engine.close()

@@ -13,6 +13,7 @@ OnError = Enum("OnError", {name: name for name in ("fail", "skip")})
 OnErrorOption = Annotated[OnError, typer.Option(help="Stop at a broken record, or leave it out and count it.")]
 FormatOption = Annotated[str, typer.Option(help="A format's name; auto goes by the first record.")]
 OutputOption = Annotated[Path, typer.Option(help="Rows as JSON lines; packed if the name ends in .gz or .zst.")]
+RunArgument = Annotated[Path, typer.Argument(help="A trained run: a folder with drorl.json, or its name on the hub.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Nothing on stderr but errors.")]
 
 

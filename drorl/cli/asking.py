@@ -12,7 +12,7 @@ import typer
 
 from ..errors import InvalidInputError
 from ..retrieval.retrievers import Place, open_retriever
-from .app import FormatOption, OnError, OnErrorOption, QuietOption, app, show_log
+from .app import FormatOption, OnError, OnErrorOption, QuietOption, RunArgument, app, show_log
 from .data import Preset
 from .retrieval import BM25, RetrieverName, RetrieverOption, SearchedOption, SetOption, given
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 3
 AnswerTarget = Enum("AnswerTarget", {name: name for name in ("surface", "first", "marginal")})
-RunArgument = Annotated[Path, typer.Argument(help="A trained run: a folder with drorl.json, selector/, generator/.")]
 DtypeOption = Annotated[str, typer.Option(help="Of the models; auto measures on a CPU.")]
 TargetOption = Annotated[AnswerTarget, typer.Option(help="The gold answer whose likelihood is asked.")]
 
@@ -72,10 +71,12 @@ def evaluate(
     from rich.console import Console
 
     from ..metrics import PRESETS
+    from ..pipeline import run_folder
     from ..predictions import as_json as scores_as_json
     from ..predictions import measure_file, predict_file
     from ..terminal import scores_view
 
+    run_dir = run_folder(run_dir)
     pipeline = _load(run_dir, dtype)
     reading = _reading(input, format, on_error, pipeline, need_answers=True)
     with TemporaryDirectory() as aside:

@@ -1,12 +1,15 @@
-"""Commands about runs: train, reproduce, report, serve."""
+"""Commands about runs: train, reproduce, report, export, serve."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import UserError
-from .app import app
+from .app import RunArgument, app
+
+Role = Enum("Role", {name: name for name in ("selector", "generator")})
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -78,6 +81,24 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run's output director
     from ..report import write_report
 
     typer.echo(write_report(run_dir))
+
+
+@app.command()
+def export(
+    run_dir: RunArgument,
+    output: Annotated[Path, typer.Option(help="Directory of the models: each role's is a folder in it.")],
+    role: Annotated[list[Role] | None, typer.Option(help="One of them; default: both.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the written weights; default: the base's own.")] = None,
+) -> None:
+    """Merge a run's adapters into their bases: models that transformers, vLLM and others load without PEFT."""
+    from transformers.utils import logging
+
+    from ..export import export_role
+
+    logging.disable_progress_bar()
+    for name in [one.value for one in role or Role]:
+        export_role(run_dir, name, output / name, dtype)
+        typer.echo(output / name)
 
 
 @app.command()
