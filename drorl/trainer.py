@@ -31,10 +31,10 @@ from .config import DROConfig
 from .data.rows import validate_rows
 from .engines.sampler import sampler_for
 from .errors import InvalidInputError
-from .evaluation import Record
 from .losses import WEIGHTED, LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
 from .pipeline import PipelineSettings, RAGPipeline
 from .ppo import ValueHead, ppo_loss
+from .records import Record
 from .rollouts import (
     Question,
     Rollout,

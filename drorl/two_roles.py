@@ -21,11 +21,12 @@ from .adapters import GENERATOR, SELECTOR
 from .checkpoints import AtomicCheckpoints
 from .engines.base import EngineError
 from .engines.sampler import EngineSampler
-from .evaluation import Record, aggregate, evaluate_rows
+from .evaluation import evaluate_rows
 from .health import HealthCallback, probe_interval, reads_context
 from .losses import LossOutput, Weighting
 from .pipeline import RAGPipeline
 from .ppo import moments_of
+from .records import Record, aggregate
 from .rollouts import Question, Rollout, batches
 from .sharding import most, shard, wants_sharding
 
