@@ -64,6 +64,11 @@ class Run:
     examples: list[dict[str, Any]]
     evaluated: dict[str, Evaluated]
 
+    @property
+    def name(self) -> str:
+        """The directory's own."""
+        return self.directory.resolve().name
+
     @cached_property
     def systems(self) -> dict[str, dict[str, Any]]:
         """Each system that was evaluated: its label, its means and their intervals."""
@@ -89,8 +94,8 @@ class Run:
             said.append(f"The recipe has not come to its end ({last}), so there is no summary.json.")
         elif self.summary is None:
             said.append(
-                f"There is no {RUN_FILE}, which a recipe writes: of the settings only those of a checkpoint are known, "
-                "and nothing of command, data and machine."
+                f"There is no {RUN_FILE}, which a recipe writes: of the settings only those of a checkpoint are "
+                "known, and nothing of command, data and machine."
             )
         if not self.systems:
             said.append("No system was evaluated on held-out questions.")
