@@ -1,7 +1,7 @@
 """The report of a run, or of several in comparison: one self-contained HTML page; and the table for the terminal.
 
-`write_report` shows what [`runs`] finds in the directories: less of a run that was interrupted, or that no recipe made,
-and the page says what is missing.
+`write_report` shows what [`runs`] finds in the directories. Where a run was interrupted, or no recipe made it, that is
+less, and the page says what is missing.
 
 The wording follows the intervals: a difference is called an improvement only when its 95 % interval excludes 0. The
 page loads nothing from elsewhere, and what comes from data or models is escaped.
@@ -202,7 +202,9 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": dict(zip(letters, runs, strict=True)),
         "names": dict(zip(letters, names, strict=True)),
         "styles": {x: style(i) for i, x in enumerate(letters)},
-        "title": f"{names[1]} against {names[0]}{found}" if len(runs) == 2 else f"{len(others)} runs against {names[0]}",
+        "title": f"{names[1]} against {names[0]}{found}"
+        if len(runs) == 2
+        else f"{len(others)} runs against {names[0]}",
         "trained": trained,
         "comparable": len(paired) == len(others),
         "metrics": _of_any(trained),

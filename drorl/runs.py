@@ -88,9 +88,8 @@ class Run:
         """Sentences that say what the directory does not."""
         said = []
         if self.summary is None and RUN_FILE in self._files:
-            last = (
-                f"its last checkpoint is of step {self.state['global_step']}" if self.state else "without checkpoint"
-            )
+            step = self.state.get("global_step")
+            last = "no checkpoint yet" if step is None else f"the last checkpoint is of step {step}"
             said.append(f"The recipe has not come to its end ({last}), so there is no summary.json.")
         elif self.summary is None:
             said.append(

@@ -84,13 +84,15 @@ def headless(program: str, profile: Path) -> Iterator[Tab]:
         profile (`Path`): an empty folder for what it keeps.
     """
     (ours_in, theirs_out), (theirs_in, ours_out) = os.pipe(), os.pipe()
-    # The browser reads from descriptor 3 and writes to 4.
-    shell = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
+
+    def give() -> None:  # the browser reads from 3 and writes to 4
+        os.dup2(theirs_in, 3)
+        os.dup2(theirs_out, 4)
+
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
-    command = ["sh", "-c", shell, program, *options, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
-    process = subprocess.Popen(
-        command, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = [program, *options, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, preexec_fn=give, pass_fds=(3, 4), **quiet)
     for theirs in (theirs_in, theirs_out):
         os.close(theirs)
     try:

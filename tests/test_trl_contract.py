@@ -40,6 +40,7 @@ OVERRIDDEN_TRL_HOOKS = {
     "_clip_grad_norm": ("model",),
     "_save": ("output_dir", "state_dict"),
     "create_optimizer": ("model",),
+    "log": ("logs", "start_time"),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
 }
 USED_TRL_HOOKS = {
