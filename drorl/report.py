@@ -197,21 +197,24 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     }
     differences = {x: paired_differences(first, run) for x, run in zip(letters[1:], others, strict=True)}
     paired = {x: deltas for x, deltas in differences.items() if not isinstance(deltas, str)}
-    found = f": {changes(paired['B'])}" if len(runs) == 2 and paired else ""
+    unlike = {x: incomparable(first, runs[letters.index(x)]) for x in paired}
+    left_out = {name for reasons in unlike.values() for name in reasons}
+    best = leaders(trained) if len(paired) == len(others) else {}
+    title = f"{len(others)} runs against {names[0]}"
+    if len(runs) == 2:
+        title = f"{names[1]} against {names[0]}" + (f": {changes(paired['B'])}" if paired else "")
     return {
         "runs": dict(zip(letters, runs, strict=True)),
         "names": dict(zip(letters, names, strict=True)),
         "styles": {x: style(i) for i, x in enumerate(letters)},
-        "title": f"{names[1]} against {names[0]}{found}"
-        if len(runs) == 2
-        else f"{len(others)} runs against {names[0]}",
+        "title": title,
         "trained": trained,
-        "comparable": len(paired) == len(others),
+        "comparable": len(paired) == len(others) and not left_out,
         "metrics": _of_any(trained),
-        "leaders": leaders(trained) if len(paired) == len(others) else {},
+        "leaders": {name: leader for name, leader in best.items() if name not in left_out},
         "differences": differences,
         "known": known,
-        "incomparable": {x: incomparable(first, runs[letters.index(x)]) for x in paired},
+        "incomparable": unlike,
         "different": different_settings(runs),
         "curves": overlaid({x: run.history for x, run in zip(letters, runs, strict=True)}),
     }

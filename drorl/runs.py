@@ -87,7 +87,7 @@ class Run:
     def missing(self) -> list[str]:
         """Sentences that say what the directory does not."""
         said = []
-        if self.summary is None and RUN_FILE in self._files:
+        if self.summary is None and (self.directory / RUN_FILE).is_file():
             step = self.state.get("global_step")
             last = "no checkpoint yet" if step is None else f"the last checkpoint is of step {step}"
             said.append(f"The recipe has not come to its end ({last}), so there is no summary.json.")
@@ -109,10 +109,6 @@ class Run:
         elif self.summary is None:
             said.append(f"The log ends with step {self.steps}; what came after the last checkpoint is not in it.")
         return said
-
-    @property
-    def _files(self) -> set[str]:
-        return {path.name for path in self.directory.iterdir()}
 
 
 def read_run(run_dir: Path) -> Run:

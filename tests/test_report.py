@@ -418,8 +418,11 @@ def test_other_questions_give_no_paired_difference(pair, summary):
 
 def test_metrics_that_mean_something_else_are_left_out(pair):
     """Of another normaliser, another scored answer, or another number of samples: by name, with the reason."""
-    text = text_of(compared(pair))
+    page = compared(pair)
+    text = text_of(page)
     assert "iw_elbo is left out: from another number of samples" in text and "IW-ELBO nats +" not in text
+    best = set(re.findall(r'data-label="([^,]*), [^"]*"><span class="best"', page))
+    assert best == {"exact match", "F1", "recall@1", "answer log-likelihood"}
     write_records(pair[1], [record(f"q{i}") for i in range(30)], answer_target="first", metric_preset="hotpot")
     text = text_of(compared(pair))
     for name, setting in (("f1", "metric_preset"), ("exact_match", "metric_preset"), ("answer_logp", "answer_target")):
