@@ -158,9 +158,8 @@ def write_report(*run_dirs: Path, output: Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(exact_match=exact_match, verdict=verdict, zip=zip)
     name, content = ("report", _report(*runs)) if len(runs) == 1 else ("comparison", _comparison(runs))
-    page = environment.get_template(f"{name}.html").render(content)
+    page = environment.get_template(f"{name}.html").render(content, exact_match=exact_match, verdict=verdict, zip=zip)
     file = output or (runs[0].directory / "report.html" if len(runs) == 1 else Path("comparison.html"))
     try:
         file.write_text(page, encoding="utf-8")
