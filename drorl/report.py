@@ -173,7 +173,9 @@ def _report(run: Run) -> dict[str, Any]:
     return {
         "run": run,
         "summary": summary,
-        "title": f"{run.name}: {run.steps} steps, not finished" if summary is None else headline(summary["delta"]),
+        "title": headline(summary["delta"])
+        if summary
+        else f"{run.name}: {run.steps} steps{', not finished' * run.stopped}",
         "ahead": "" if summary is None else ahead_of_dro(summary["systems"]),
         "metrics": _of_any(run.systems) if summary is None else known(summary["delta"]),
         "leaders": leaders(run.systems) if run.systems else {},

@@ -69,6 +69,11 @@ class Run:
         """The directory's own."""
         return self.directory.resolve().name
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a recipe made it that has not come to its end."""
+        return self.summary is None and (self.directory / RUN_FILE).is_file()
+
     @cached_property
     def systems(self) -> dict[str, dict[str, Any]]:
         """Each system that was evaluated: its label, its means and their intervals."""
@@ -87,7 +92,7 @@ class Run:
     def missing(self) -> list[str]:
         """Sentences that say what the directory does not."""
         said = []
-        if self.summary is None and (self.directory / RUN_FILE).is_file():
+        if self.stopped:
             step = self.state.get("global_step")
             last = "no checkpoint yet" if step is None else f"the last checkpoint is of step {step}"
             said.append(f"The recipe has not come to its end ({last}), so there is no summary.json.")
@@ -210,14 +215,9 @@ def different_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """
     said = [flat(run.settings) | _compared(run) for run in runs]
     names = dict.fromkeys(name for of in said for name in of)
-    values = {name: [of.get(name) for of in said] for name in names}
-    return {
-        name: of for name, of in values.items() if _differ([v for v, s in zip(of, said, strict=True) if name in s])
-    }
-
-
-def _differ(values: Sequence[Any]) -> bool:
-    return any(value != values[0] for value in values)
+    known = {name: [of[name] for of in said if name in of] for name in names}
+    different = [name for name, values in known.items() if any(value != values[0] for value in values)]
+    return {name: [of.get(name) for of in said] for name in different}
 
 
 def _compared(run: Run) -> dict[str, Any]:
