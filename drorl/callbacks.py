@@ -1,23 +1,32 @@
-"""Callbacks: EM iterations with early stopping, a budget in minutes, Ctrl-C and preemption, a progress bar."""
+"""Callbacks: EM iterations with early stopping, a budget in minutes, Ctrl-C and preemption, a live view."""
 
+import atexit
+import logging
+import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from accelerate.utils import broadcast_object_list, gather_object
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import SegmentLines
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.utils import logging
+from transformers.utils.logging import get_logger
 
 from .clock import BudgetReadings
+from .terminal import training_view
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    from .trainer import DROTrainer
+
+logger = get_logger(__name__)
 
 
 class EMIterationCallback(TrainerCallback):
@@ -163,12 +172,39 @@ def leaving_on_signals() -> Generator[None]:
             signal.signal(number, handler)
 
 
+class TrainingProgress(Progress):
+    """A line with a bar; below it, in a terminal, what `view` returns for its width and height."""
+
+    view: Callable[[int, int], RenderableType] | None = None
+    _laid_out: tuple[Any, SegmentLines] | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Returns what is shown. The view is laid out once, and again when the terminal has been resized."""
+        yield from super().get_renderables()
+        if self.view is not None and self.console.is_terminal:
+            asked = self.view, self.console.size
+            if self._laid_out is None or self._laid_out[0] != asked:
+                lines = self.console.render_lines(self.view(*self.console.size), pad=False)
+                self._laid_out = asked, SegmentLines(lines, new_lines=True)
+            yield self._laid_out[1]
+
+
+def _handlers_to(stream: TextIO) -> list[logging.StreamHandler]:
+    """Returns the handlers of all loggers that write to a stream."""
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    handlers = {handler for logger in loggers for handler in logger.handlers}
+    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler) and handler.stream is stream]
+
+
 class RichProgressCallback(TrainerCallback):
-    """One line while training: steps, time left, losses, effective sample size.
+    """While training: steps, time left, losses; below, in a terminal, curves of the last steps and a query's samples.
+
+    What is logged or printed meanwhile appears above. In a file there is one line at the end.
 
     Args:
         title (`str`): what is being trained.
         console (`rich.console.Console`, *optional*): where to.
+        trainer ([`DROTrainer`], *optional*): whose samples are shown.
     """
 
     SHOWN = {
@@ -177,10 +213,13 @@ class RichProgressCallback(TrainerCallback):
         "effective_sample_size": "ESS",
         "iw_elbo": "iw_elbo",
     }
+    SECONDS = 2.0
+    """Between two views, at least: one takes some milliseconds, for which a short step would have to wait."""
 
-    def __init__(self, title: str, console: Console | None = None):
+    def __init__(self, title: str, console: Console | None = None, trainer: "DROTrainer | None" = None):
         self.title = title
-        self.progress = Progress(
+        self.trainer = trainer
+        self.progress = TrainingProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -189,14 +228,24 @@ class RichProgressCallback(TrainerCallback):
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}"),
             console=console or Console(stderr=True),
+            refresh_per_second=1,
+            redirect_stdout=sys.stdout.isatty(),  # what goes to a file is to arrive there
             speed_estimate_period=600,  # steps take many seconds; the default of 30 would forget all but the last
         )
         self._task = self.progress.add_task(title, start=False, metrics="")
+        self._viewed = -math.inf
+        self._redirected: list[tuple[logging.StreamHandler, TextIO]] = []
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.disable = not state.is_world_process_zero
         self.progress.reset(self._task, total=state.max_steps, completed=state.global_step)
+        stderr = sys.stderr
         self.progress.start()
+        if sys.stderr is not stderr:  # rich took it; handlers hold on to the old one, and would write into the view
+            self._redirected = [(handler, stderr) for handler in _handlers_to(stderr)]
+            for handler, _stream in self._redirected:
+                handler.setStream(sys.stderr)
+        atexit.register(self._leave)  # an error ends training without `on_train_end`, and the cursor is hidden
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.update(self._task, completed=state.global_step)
@@ -204,6 +253,19 @@ class RichProgressCallback(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict, **_: Any) -> None:
         if shown := [f"{label} {logs[name]:.2f}" for name, label in self.SHOWN.items() if name in logs]:
             self.progress.update(self._task, metrics="  ".join(shown))
+            if self.progress.console.is_terminal and time.monotonic() - self._viewed >= self.SECONDS:
+                self._viewed = time.monotonic()
+                samples = self.trainer.samples if self.trainer is not None else []
+                history = state.log_history[-self.progress.console.width :]
+                self.progress.view = partial(training_view, history, samples[0] if samples else None)
+
+    def _leave(self) -> None:
+        for handler, stream in self._redirected:
+            handler.setStream(stream)
+        self._redirected = []
+        self.progress.view = None  # the bar stays
+        self.progress.stop()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress.stop()
+        atexit.unregister(self._leave)
+        self._leave()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InvalidInputError
-from .evaluation import Record, aggregate, per_question
+from .records import Record, aggregate, per_question
 from .statistics import Interval, crossed_bootstrap
 
 RATES = ("exact_match", "f1", "recall@1", "recall@3", "recall@5", "all_gold@2")

@@ -3,7 +3,6 @@
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate, chain, islice
 from typing import Any, TypeVar
 
@@ -15,11 +14,11 @@ from rich.progress import track
 
 from .adapters import GENERATOR
 from .answers import answer_logps, scored_answers
-from .errors import InvalidInputError
 from .metrics import KILT, MetricSettings, contains_answer, exact_match, f1, normalize_answer
 from .permutations import Permutation
 from .pipeline import Passage, RAGPipeline
 from .ranking import gold_of, recalls
+from .records import Record
 from .weights import iw_elbo, log_importance_weights
 
 _STDERR = Console(stderr=True)
@@ -63,29 +62,6 @@ def ranked(row: Mapping[str, Any], ranking: str, num_candidates: int) -> list[in
         return []
     scores = [RANKINGS[ranking](row, passage) for passage in row["candidates"][:num_candidates]]
     return sorted(range(len(scores)), key=lambda i: -scores[i])
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one system did with one question."""
-
-    query: str
-    prediction: str
-    exact_match: float
-    f1: float
-    recall: list[float]
-    """For k = 1..N, whether one of the first k passages contains an answer: of the K chosen and, behind them, of the
-    others in the order of how likely they were to be the first choice."""
-    answer_logp: float
-    """log p_g(y | x, chosen passages), nats."""
-    iw_elbo: float
-    """The bound on log p(y|x), nats; NaN for a system without a selector."""
-    chosen: list[int]
-    """The chosen passages, as indices into the row's candidates."""
-    all_gold: list[float] = field(default_factory=list)
-    """For k = 1..N, whether the first k passages, in the same order, hold every gold one; empty: none is known."""
-    order: list[int] = field(default_factory=list)
-    """All that were read, in the order of `recall`; a record kept by an earlier version has none."""
 
 
 def evaluate_rows(
@@ -249,32 +225,3 @@ def position_bias(shares: Sequence[Sequence[float]]) -> float:
     """
     mean = torch.tensor(shares, dtype=torch.float64).mean(dim=0)
     return float(0.5 * (mean - 1 / len(mean)).abs().sum())
-
-
-def per_question(records: Sequence[Record], metric: str) -> list[float]:
-    """Returns one value per question of `exact_match`, `f1`, `recall@k`, `all_gold@k`, `answer_logp` or `iw_elbo`.
-
-    NaN where a question has none, such as `all_gold@k` where no gold passage is known.
-    """
-    name, _, k = metric.partition("@")
-    values = [getattr(record, name) for record in records]
-    return [of[int(k) - 1] if int(k) <= len(of) else math.nan for of in values] if k else values
-
-
-def aggregate(records: Sequence[Record]) -> dict[str, float]:
-    """Returns the mean of every metric over the questions; metrics that a system does not have are left out.
-
-    Raises:
-        InvalidInputError: if there are no records.
-    """
-    if not records:
-        raise InvalidInputError("there is no question to evaluate on")
-    names = ("exact_match", "f1", "recall@1", "recall@3", "recall@5", "all_gold@2", "answer_logp", "iw_elbo")
-    means = {name: mean_of_finite(per_question(records, name)) for name in names}
-    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
-
-
-def mean_of_finite(values: Sequence[float]) -> float:
-    """Returns the mean of the finite values, NaN if there are none; -inf would be a question without a likelihood."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan

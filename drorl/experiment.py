@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -21,17 +20,16 @@ from .adapters import ROLES
 from .config import SHAPING, DROConfig
 from .data.rows import validate_rows
 from .errors import OutputError
-from .evaluation import Record, aggregate, evaluate_rows, per_question, score_permutations
+from .evaluation import evaluate_rows, score_permutations
 from .manifest import find_checkpoint
 from .metrics import contains_answer
 from .pipeline import RAGPipeline
 from .provenance import PACKAGES, command, commit, machine
-from .statistics import bootstrap_mean, paired_bootstrap
+from .records import METRICS, Record, describe, difference
 from .weights import importance_weights, log_importance_weights
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("exact_match", "f1", "recall@1", "all_gold@2", "answer_logp", "iw_elbo")
 MIN_QUESTIONS = 150
 
 
@@ -168,7 +166,7 @@ class Experiment:
         facts: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Writes `summary.json`, `log_history.json` and `examples.json`, and returns the summary."""
-        systems = {name: {"label": label, **_describe(records)} for name, (label, records) in self.systems.items()}
+        systems = {name: {"label": label, **describe(records)} for name, (label, records) in self.systems.items()}
         pair = self.systems[before][1], self.systems[after][1]
         summary = {
             "n_eval": len(self.rows),
@@ -184,7 +182,7 @@ class Experiment:
             "systems": systems,
             "warmup": systems[before],
             "dro": systems[after],
-            "delta": {m: _difference(*pair, m) for m in METRICS if systems[before][m] is not None},
+            "delta": {m: difference(*pair, m) for m in METRICS if systems[before][m] is not None},
         }
         for name, content in (("summary", summary), ("log_history", log_history), ("examples", examples)):
             self._write(self.run_dir / f"{name}.json", _indented(content))
@@ -274,21 +272,6 @@ def example_table(example: Mapping[str, Any]) -> Table:
         )
         table.add_row(*(Text(cell) for cell in row))
     return table
-
-
-def _difference(before: Sequence[Record], after: Sequence[Record], metric: str) -> dict[str, Any]:
-    """Returns the paired bootstrap of one metric over the questions for which both systems have a finite value."""
-    values = zip(per_question(before, metric), per_question(after, metric), strict=True)
-    pairs = [pair for pair in values if all(map(math.isfinite, pair))]
-    interval = paired_bootstrap([a for a, _ in pairs], [b for _, b in pairs])
-    return {**dataclasses.asdict(interval), "n": len(pairs)}
-
-
-def _describe(records: Sequence[Record]) -> dict[str, Any]:
-    means = aggregate(records)
-    finite = {name: [v for v in per_question(records, name) if math.isfinite(v)] for name in METRICS if name in means}
-    intervals = {name: bootstrap_mean(values).ci95 for name, values in finite.items()}
-    return {**{name: means.get(name) for name in METRICS}, "ci95": intervals}
 
 
 def _instructive(rows: Dataset, records: Sequence[Record], count: int) -> list[int]:

@@ -1,32 +1,40 @@
 """What the E-step sees in one row: its permutations, and what each of them is worth to both models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .evaluation import score_permutations
-from .losses import Scores, weigh
+from .losses import Scores, Weighting, weigh
 from .permutations import Permutation
-from .pipeline import RAGPipeline
-from .weights import effective_sample_size
+from .pipeline import Passage, RAGPipeline
+from .weights import effective_sample_size, iw_elbo, log_importance_weights
 
 
 @dataclass(frozen=True)
 class Weighed:
     """The permutations drawn for one query, the weightiest first. Tensors are `(m,)`."""
 
-    permutations: list[Permutation]
-    """m, as indices into the row's candidates."""
+    query: str
+    permutations: list[Permutation | None]
+    """m, as indices into the row's candidates; `None` for a free text in which no identifier was recognised."""
     selector_logps: torch.Tensor
     """log p_s(z|x,d), nats."""
     generator_logps: torch.Tensor
     """log p_g(y|x,d_z), nats."""
     importance_weights: torch.Tensor
+    advantages: torch.Tensor
+    """What the selector's loss multiplies each permutation's log-likelihood with."""
     effective_sample_size: float
     iw_elbo: float
     """nats"""
+
+    @property
+    def texts(self) -> list[str]:
+        """The permutations as numbers of the row's candidates: `[3] > [1]`; empty where there is none."""
+        return [" > ".join(f"[{i + 1}]" for i in z or ()) for z in self.permutations]
 
 
 def weigh_row(
@@ -55,15 +63,37 @@ def weigh_row(
         [generator_logps] = score_permutations(pipeline, [row], [shown], [draw.permutations], answer_target)
     selector_logps = draw.old_selector_logps.sum(dim=-1)
     scores = Scores(generator_logps[None], selector_logps[None], draw.proposal_logps.sum(dim=-1)[None])
-    weighting = weigh(scores)
-    [weights] = weighting.importance_weights
+    return weighed(row, shown, draw.permutations, weigh(scores), 0)
+
+
+def weighed(
+    row: Mapping[str, Any],
+    shown: Sequence[Passage],
+    permutations: Sequence[Permutation | None],
+    weighting: Weighting,
+    index: int,
+) -> Weighed:
+    """Returns what the permutations of a query are worth.
+
+    Args:
+        row (mapping): `query`, `candidates`.
+        shown (sequence of passages): its candidates in the order in which the selector read them.
+        permutations (sequence of m): as indices into `shown`.
+        weighting ([`~losses.Weighting`]): of several queries.
+        index (`int`): which of them it is.
+    """
+    scores, weights = weighting.scores, weighting.importance_weights[index]
     order = weights.argsort(descending=True, stable=True)
     places = [row["candidates"].index(passage) for passage in shown]
+    log_weights = log_importance_weights(scores.generator_logps[index], scores.log_ratio[index])
+    drawn = [permutations[z] for z in order.tolist()]
     return Weighed(
-        [tuple(places[i] for i in draw.permutations[z]) for z in order.tolist()],
-        selector_logps[order],
-        generator_logps[order],
-        weights[order],
-        float(effective_sample_size(weights)),
-        float(weighting.metrics["iw_elbo"]),
+        query=row["query"],
+        permutations=[None if z is None else tuple(places[i] for i in z) for z in drawn],
+        selector_logps=scores.selector_logps[index][order],
+        generator_logps=scores.generator_logps[index][order],
+        importance_weights=weights[order],
+        advantages=weighting.advantages[index][order],
+        effective_sample_size=float(effective_sample_size(weights)),
+        iw_elbo=float(iw_elbo(log_weights)),
     )

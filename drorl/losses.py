@@ -70,6 +70,8 @@ class LossOutput:
 class Weighting:
     """What each sampled permutation is worth to either model. All `(B, m)`, no gradient."""
 
+    scores: Scores
+    """What this follows from."""
     importance_weights: torch.Tensor
     prior_weights: torch.Tensor
     """What they would be without any answer: 1/m on-policy."""
@@ -166,7 +168,7 @@ def weigh(
     settings = {"baseline": baseline, "scale_rewards": scale_rewards, "weight_temperature": weight_temperature}
     advantages = ADVANTAGES[selector_objective](scores, weights, **settings)
     prior = baseline_weights(scores.log_ratio, scores.valid)
-    return Weighting(weights, prior, advantages, scores.valid_rewards, *_diagnostics(scores, weights))
+    return Weighting(scores, weights, prior, advantages, scores.valid_rewards, *_diagnostics(scores, weights))
 
 
 def _diagnostics(scores: Scores, weights: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -15,9 +15,10 @@ from .data.prepare import Prepared, write_rows
 from .data.reading import Reading
 from .data.rows import RowError
 from .errors import InvalidInputError
-from .evaluation import Record, evaluate_rows
+from .evaluation import evaluate_rows
 from .metrics import KILT, MetricSettings
 from .pipeline import SETTINGS_FILE, RAGPipeline
+from .records import Record
 from .scoring import DEPTHS, NATS, score_record
 from .statistics import Interval, bootstrap_mean
 

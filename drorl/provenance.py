@@ -26,8 +26,8 @@ from .data.packages import sha256_of
 from .data.reading import Reading
 from .errors import InvalidInputError
 from .models import measure_gflops, resolve_model
+from .runs import RUN_FILE
 
-RUN_FILE = "run.json"
 PACKAGES = ("drorl", "torch", "trl", "transformers", "peft", "datasets", "accelerate", "tokenizers", "numpy")
 VARIABLES = (
     "OMP_NUM_THREADS",

@@ -1,20 +1,17 @@
-"""The report of a run: one self-contained HTML page, and the table of systems for the terminal.
+"""The report of a run, or of several in comparison: one self-contained HTML page; and the table for the terminal.
 
-`write_report` reads what [`Experiment.write`] leaves in a run directory and writes `report.html` beside it:
-
-    summary.json       systems, metrics and intervals; data set, configuration, machine, versions
-    log_history.json   `TrainerState.log_history`: the curves
-    examples.json      worked examples before and after training
+`write_report` shows what [`runs`] finds in the directories. Where a run was interrupted, or no recipe made it, that is
+less, and the page says what is missing.
 
 The wording follows the intervals: a difference is called an improvement only when its 95 % interval excludes 0. The
 page loads nothing from elsewhere, and what comes from data or models is escaped.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,9 +19,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from drorl.curves import curves
-from drorl.errors import InvalidInputError
+from drorl.curves import curves, overlaid, style
+from drorl.errors import OutputError
 from drorl.metrics import exact_match
+from drorl.runs import TRAINED, Run, different_settings, incomparable, names_of, paired_differences, read_run
 
 
 @dataclass(frozen=True)
@@ -82,12 +80,16 @@ def verdict(delta: Mapping[str, Any]) -> str:
 
 def headline(deltas: Mapping[str, Any]) -> str:
     """Returns the title of the report: what improved and what worsened, by the intervals."""
+    return f"DRO against its warm-up: {changes(deltas)}"
+
+
+def changes(deltas: Mapping[str, Any]) -> str:
+    """Returns which metrics improved and which worsened, by the intervals of their differences."""
     labels = {
         word: [metric.label for metric in known(deltas) if verdict(deltas[metric.key]) == word]
         for word in ("improved", "worsened")
     }
-    changes = [f"{word} {', '.join(named)}" for word, named in labels.items() if named]
-    return f"DRO against its warm-up: {'; '.join(changes) or 'no difference shown'}"
+    return "; ".join(f"{word} {', '.join(of)}" for word, of in labels.items() if of) or "no difference shown"
 
 
 def ahead_of_dro(systems: Mapping[str, Any]) -> str:
@@ -136,22 +138,19 @@ def _cell(metric: Metric, value: float | None, ends: Sequence[float] | None, sty
     return Text.assemble((metric.format(value, signed), style), ("\n" + metric.format_interval(ends, signed), "dim"))
 
 
-def write_report(run_dir: Path) -> Path:
-    """Writes `report.html` into a run directory and returns its path.
+def write_report(*run_dirs: Path, output: Path | None = None) -> Path:
+    """Writes the report of a run, or of several in comparison, and returns its path.
 
     Args:
-        run_dir (`Path`): holds `summary.json`, `log_history.json` and `examples.json`.
+        run_dirs (one `Path` or more): directories of runs, finished or not; of several the first is what the others
+            are compared with.
+        output (`Path`, *optional*): the file. Default: `report.html` in the run; of several `comparison.html` here.
 
     Raises:
-        InvalidInputError: when one of them is missing.
+        InvalidInputError: if one of them is no run's directory.
+        OutputError: if the file cannot be written.
     """
-    try:
-        summary, history, examples = (
-            json.loads((run_dir / f"{name}.json").read_text(encoding="utf-8"))
-            for name in ("summary", "log_history", "examples")
-        )
-    except FileNotFoundError as error:
-        raise InvalidInputError(f"{error.filename} is missing: a recipe writes it at the end of its run") from error
+    runs = [read_run(run_dir) for run_dir in run_dirs]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -159,18 +158,64 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html").render(
-        summary=summary,
-        title=headline(summary["delta"]),
-        ahead=ahead_of_dro(summary["systems"]),
-        metrics=known(summary["delta"]),
-        leaders=leaders(summary["systems"]),
-        verdict=verdict,
-        curves=curves(history),
-        examples=examples,
-        exact_match=exact_match,
-        zip=zip,
-    )
-    report = run_dir / "report.html"
-    report.write_text(page, encoding="utf-8")
-    return report
+    name, content = ("report", _report(*runs)) if len(runs) == 1 else ("comparison", _comparison(runs))
+    page = environment.get_template(f"{name}.html").render(content, exact_match=exact_match, verdict=verdict, zip=zip)
+    file = output or (runs[0].directory / "report.html" if len(runs) == 1 else Path("comparison.html"))
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror}") from error
+    return file
+
+
+def _report(run: Run) -> dict[str, Any]:
+    summary = run.summary
+    return {
+        "run": run,
+        "summary": summary,
+        "title": headline(summary["delta"])
+        if summary
+        else f"{run.name}: {run.steps} steps{', not finished' * run.stopped}",
+        "ahead": "" if summary is None else ahead_of_dro(summary["systems"]),
+        "metrics": _of_any(run.systems) if summary is None else known(summary["delta"]),
+        "leaders": leaders(run.systems) if run.systems else {},
+        "curves": curves(run.history),
+    }
+
+
+def _of_any(systems: Mapping[str, Any]) -> list[Metric]:
+    return [metric for metric in METRICS if any(row.get(metric.key) is not None for row in systems.values())]
+
+
+def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
+    first, *others = runs
+    letters = [ascii_uppercase[i] if i < len(ascii_uppercase) else f"Z{i}" for i in range(len(runs))]
+    names = names_of([run.directory for run in runs])
+    trained = {
+        x: {**run.systems[TRAINED], "label": f"{x}  {name}"}
+        for x, name, run in zip(letters, names, runs, strict=True)
+        if TRAINED in run.systems
+    }
+    differences = {x: paired_differences(first, run) for x, run in zip(letters[1:], others, strict=True)}
+    paired = {x: deltas for x, deltas in differences.items() if not isinstance(deltas, str)}
+    unlike = {x: incomparable(first, runs[letters.index(x)]) for x in paired}
+    left_out = {name for reasons in unlike.values() for name in reasons}
+    best = leaders(trained) if len(paired) == len(others) else {}
+    title = f"{len(others)} runs against {names[0]}"
+    if len(runs) == 2:
+        title = f"{names[1]} against {names[0]}" + (f": {changes(paired['B'])}" if paired else "")
+    return {
+        "runs": dict(zip(letters, runs, strict=True)),
+        "names": dict(zip(letters, names, strict=True)),
+        "styles": {x: style(i) for i, x in enumerate(letters)},
+        "title": title,
+        "trained": trained,
+        "comparable": len(paired) == len(others) and not left_out,
+        "metrics": _of_any(trained),
+        "leaders": {name: leader for name, leader in best.items() if name not in left_out},
+        "differences": differences,
+        "known": known,
+        "incomparable": unlike,
+        "different": different_settings(runs),
+        "curves": overlaid({x: run.history for x, run in zip(letters, runs, strict=True)}),
+    }

@@ -20,9 +20,8 @@ from safetensors.torch import load_file
 
 from .adapters import ROLES
 from .errors import InvalidInputError
-from .evaluation import Record, per_question
-from .experiment import METRICS
 from .provenance import RUN_FILE
+from .records import METRICS, Record, per_question
 from .statistics import paired_bootstrap
 
 COMPARED = ("settings", "versions", "commit", "dirty", "code", "data", "models", "environment", "machine")

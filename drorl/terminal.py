@@ -60,14 +60,75 @@ def row_view(row: Mapping[str, Any], num_candidates: int | None = None) -> Rende
     return Group(*head, table, *foot)
 
 
-def weights_view(weighed: "Weighed") -> RenderableType:
-    """Returns what each sampled permutation got."""
-    table = _table("permutation", "log p_s", "log p_g", "w")
+def weights_view(weighed: "Weighed", most: int | None = None) -> RenderableType:
+    """Returns what each sampled permutation got, or the weightiest `most` of them."""
+    table = _table("permutation", "log p_s", "log p_g", "w", "")
     logps = zip(weighed.selector_logps.tolist(), weighed.generator_logps.tolist(), strict=True)
-    for z, (selector, generator), weight in zip(weighed.permutations, logps, weighed.importance_weights, strict=True):
-        _add(table, " > ".join(f"[{i + 1}]" for i in z), f"{selector:.2f}", f"{generator:.2f}", f"{weight:.3f}")
-    size = f"effective sample size {weighed.effective_sample_size:.2f} of {len(weighed.permutations)}"
-    return Group(table, Text(f"{size}, iw_elbo {weighed.iw_elbo:.2f} nats"))
+    found = list(zip(weighed.texts, logps, weighed.importance_weights.tolist(), strict=True))
+    for text, (selector, generator), weight in found[:most]:
+        _add(
+            table,
+            text or "-",
+            f"{selector:.2f}",
+            f"{generator:.2f}",
+            f"{weight:.3f}",
+            Text("█" * round(12 * weight), "cyan"),
+        )
+    size = f"effective sample size {weighed.effective_sample_size:.2f} of {len(found)}"
+    return Group(table, Text(f"{size}, iw_elbo {weighed.iw_elbo:.2f} nats", no_wrap=True, overflow="ellipsis"))
+
+
+def sparkline(values: Sequence[float], width: int, height: int = 1) -> Text:
+    """Returns the last `width` values as columns in a text of `height` lines; a column is blank without a number.
+
+    >>> print(sparkline([0, 1, 2, 3, 7], width=4))
+    ▁▂▃█
+    """
+    last = values[-width:]
+    finite = [value for value in last if math.isfinite(value)]
+    low, span = min(finite, default=0.0), (max(finite, default=0.0) - min(finite, default=0.0)) or 1.0
+    levels = [1 + round((8 * height - 1) * (v - low) / span) if math.isfinite(v) else 0 for v in last]
+    lines = ["".join(_BLOCKS[min(max(level - 8 * floor, 0), 8)] for level in levels) for floor in range(height)]
+    return Text("\n".join(reversed(lines)), style="cyan")
+
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+CURVES = {
+    "iw_elbo": "iw_elbo",
+    "effective_sample_size": "effective sample size",
+    "selector/loss": "selector loss",
+    "generator/loss": "generator loss",
+    "selector/entropy": "selector entropy",
+}
+_LEAST = 16  # lines of a terminal, below which there is no place but for the bar
+
+
+def training_view(
+    history: Sequence[Mapping[str, Any]], weighed: "Weighed | None", width: int, height: int
+) -> RenderableType:
+    """Returns curves of the last steps and one query's samples; nothing in a terminal that is too small for them.
+
+    Args:
+        history (sequence of mappings): `TrainerState.log_history`.
+        weighed ([`~inspection.Weighed`], *optional*): of a query of the last step.
+        width (`int`): of the terminal, columns.
+        height (`int`): of the terminal, lines.
+    """
+    if height < _LEAST or width < 60:
+        return Group()
+    lines = 2 if height >= 40 else 1
+    grid = Table.grid(padding=(0, 2, lines - 1, 0))
+    for name, label in CURVES.items():
+        values = [entry[name] for entry in history if name in entry]
+        if values:
+            curve = sparkline(values, width - 40, lines)
+            grid.add_row(label, Text(f"{values[-1]:.2f}", justify="right"), curve)
+    if weighed is None:
+        return Group(Text(), grid)
+    query = shown(" ".join(weighed.query.split()), "bold")
+    query.no_wrap, query.overflow = True, "ellipsis"
+    most = height - (2 * lines - 1) * grid.row_count - 10
+    return Group(Text(), grid, Text(), query, weights_view(weighed, max(most, 1)))
 
 
 def answer_view(answer: "Answer", most: int = 5) -> RenderableType:

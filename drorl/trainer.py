@@ -31,10 +31,10 @@ from .config import DROConfig
 from .data.rows import validate_rows
 from .engines.sampler import sampler_for
 from .errors import InvalidInputError
-from .evaluation import Record
 from .losses import WEIGHTED, LossOutput, Scores, Weighting, clipped_surrogate_loss, weigh, weighted_mle_loss
 from .pipeline import PipelineSettings, RAGPipeline
 from .ppo import ValueHead, ppo_loss
+from .records import Record
 from .rollouts import (
     Question,
     Rollout,
@@ -268,7 +268,7 @@ class DROTrainer(TwoRoleTrainer):
         # A surrogate's loss is corrected itself; there a sample that is masked stays in its group, as in TRL.
         in_weights = correction if args.selector_objective in (*WEIGHTED, "none") else None
         weighting = self._weigh(rollouts, selector_logps, generator_logps.detach(), in_weights)
-        loss, metrics = torch.zeros((), device=self.args.device), self._watched(rollouts, generator_logps, weighting)
+        loss, metrics = torch.zeros((), device=self.args.device), self._watched(rollouts, weighting)
         counts, scale = dict(weighting.counts), 1 / self.current_gradient_accumulation_steps
         if train_generator:
             output = self._generator_loss(rollouts, generator_logps, weighting)

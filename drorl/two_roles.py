@@ -5,10 +5,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -21,11 +23,13 @@ from .adapters import GENERATOR, SELECTOR
 from .checkpoints import AtomicCheckpoints
 from .engines.base import EngineError
 from .engines.sampler import EngineSampler
-from .evaluation import Record, aggregate, evaluate_rows
+from .evaluation import evaluate_rows
 from .health import HealthCallback, probe_interval, reads_context
+from .inspection import Weighed, weighed
 from .losses import LossOutput, Weighting
 from .pipeline import RAGPipeline
 from .ppo import moments_of
+from .records import Record, aggregate
 from .rollouts import Question, Rollout, batches
 from .sharding import most, shard, wants_sharding
 
@@ -74,6 +78,8 @@ class TwoRoleTrainer(AtomicCheckpoints):
     last_records: list[Record]
     _sums: dict[str, torch.Tensor]
     """Of each metric, since the step began: its sum, and what it was counted on."""
+    _drawn: tuple[int, dict[int, tuple[Rollout, Weighting, int]]] = (0, {})
+    """The step, and its rollouts so far, each once, with the weighting that it has a place in."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `transformers.Trainer`, under the engines that drorl runs under.
@@ -213,17 +219,45 @@ class TwoRoleTrainer(AtomicCheckpoints):
         counted = self.accelerator.reduce(moments_of(rewards[new.to(rewards.device)]), "sum")
         return self.pipeline.critic.standardised(rewards, counted)
 
-    def _watched(
-        self, rollouts: list[Rollout], generator_logps: torch.Tensor, weighting: Weighting
-    ) -> dict[str, torch.Tensor]:
+    def _watched(self, rollouts: list[Rollout], weighting: Weighting) -> dict[str, torch.Tensor]:
         """Returns the metrics of a batch's weights, and now and then whether the generator reads its passages."""
+        step, drawn = self._drawn
+        batch = {id(rollout): (rollout, weighting, index) for index, rollout in enumerate(rollouts)}
+        self._drawn = self.state.global_step, (drawn if step == self.state.global_step else {}) | batch
         due = (self.state.global_step + 1) % probe_interval(self.args) == 0
         # Where the base is sharded every process has to make the same passes, and a probe may find none to make.
         if self.args.on_unhealthy == "ignore" or self.is_sharded or not due:
             return dict(weighting.metrics)
         asked = self.train_dataset, self.state.global_step
-        gain = reads_context(self.pipeline, rollouts, generator_logps, weighting.prior_weights, *asked)
+        logps, prior = weighting.scores.generator_logps, weighting.prior_weights
+        gain = reads_context(self.pipeline, rollouts, logps, prior, *asked)
         return {**weighting.metrics, **({} if gain.isnan() else {"generator/reads_context": gain})}
+
+    @property
+    def samples(self) -> list[Weighed]:
+        """What this process has drawn in its last step, and what it was worth: one entry a query."""
+        return [
+            weighed(rollout.question.row, rollout.question.shown, rollout.permutations, weighting, index)
+            for rollout, weighting, index in self._drawn[1].values()
+        ]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL; with `log_completions` its table is of the permutations that were drawn in the step."""
+        self.log_completions = self.args.log_completions and "loss" in logs  # not of an evaluation
+        if self.log_completions:
+            self._tell_samples()
+        super().log(logs, start_time)
+
+    def _tell_samples(self) -> None:
+        """Hands the samples of all processes to TRL, which prints them and keeps them in a file and in trackers."""
+        # TRL makes it before the first step, and an earlier run's directory may have been set aside since.
+        (Path(self.args.output_dir) / "completions").mkdir(parents=True, exist_ok=True)
+        for sample in gather_object(self.samples):
+            self._logs["prompt"].extend([sample.query] * len(sample.texts))
+            self._logs["completion"].extend(sample.texts)
+            self._logs["advantages"].extend(sample.advantages.tolist())
+            for name in ("selector_logps", "generator_logps", "importance_weights"):
+                self._logs["rewards"][name].extend(getattr(sample, name).tolist())
 
     def _log_means(self, outputs: Sequence[tuple[LossOutput, int]], described: Mapping[str, float]) -> None:
         """Logs each metric's mean over all that it was counted on in a step: in every batch, accumulated or not, of

@@ -141,8 +141,9 @@ def warmed_up(
     model, tokenizer, *generator = load_model(script)
 
     def trainer_for(title: str, config: "DROConfig") -> DROTrainer:
-        shown = RichProgressCallback(f"{title}, seed {asked.seed}")
-        return DROTrainer(model, config, train, None, tokenizer, *generator, callbacks=[shown])
+        trainer = DROTrainer(model, config, train, None, tokenizer, *generator)
+        trainer.add_callback(RichProgressCallback(f"{title}, seed {asked.seed}", trainer=trainer))
+        return trainer
 
     folder = warmup_folder(asked, script, config, str(model.dtype), work)
     if script.warmup_queries and not folder.exists():

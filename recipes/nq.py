@@ -188,9 +188,10 @@ def main(script: ScriptArguments, config: "DROConfig") -> int:
             tokenizer,
             generator,
             generator_tokenizer,
-            callbacks=[interrupt, RichProgressCallback(title), *callbacks],
+            callbacks=[interrupt, *callbacks],
         )
-        for printed in (PrinterCallback, ProgressCallback):  # the progress bar shows what they would print
+        trainer.add_callback(RichProgressCallback(title, trainer=trainer))
+        for printed in (PrinterCallback, ProgressCallback):  # the live view shows what they would print
             trainer.remove_callback(printed)
         return trainer
 

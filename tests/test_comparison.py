@@ -30,17 +30,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from drorl.comparison import Cell, Results
 from drorl.errors import InvalidInputError
 from drorl.evaluation import (
-    Record,
     _parts,
-    aggregate,
     evaluate_rows,
     gold_recalls,
-    per_question,
     position_bias,
     position_shares,
     ranked,
     score_permutations,
 )
+from drorl.records import Record, aggregate, per_question
 from drorl.statistics import crossed_bootstrap
 from drorl.trainer import DROTrainer
 

@@ -3,7 +3,8 @@
 import importlib
 import json
 import logging
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -303,6 +304,47 @@ def test_trackio_receives_every_metric(make_trainer: Make, rows: Callable[..., R
     assert_arrived(
         trainer, {(name, entry["train/global_step"]): value for entry in entries for name, value in entry.items()}
     )
+
+
+def test_wandb_receives_every_metric(
+    make_trainer: Make, rows: Callable[..., Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same in the file that wandb keeps without a network; and the table of `log_completions`, each time."""
+    wandb = pytest.importorskip("wandb")
+    internal = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    settings: dict[str, Any] = {"report_to": "wandb", "log_completions": True, "num_completions_to_print": 0}
+    trainer = make_trainer(eval_rows=rows(2, 6), eval_strategy="steps", eval_steps=2, **settings)
+    trainer.train()
+    wandb.teardown()  # waits until all is written
+    [kept] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    seen: dict[tuple[str, int], Any] = {}
+    tables = 0
+    for record in leveldb_records(kept.read_bytes()):
+        items = internal.Record.FromString(record).history.item
+        entry = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+        tables += any(name.startswith("completions") for name in entry)
+        seen |= {(name, entry["train/global_step"]): v for name, v in entry.items() if "train/global_step" in entry}
+    assert_arrived(trainer, seen)
+    assert tables == 2
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """The records of a log in LevelDB's format behind wandb's header, in blocks of 32 KiB that may cut them up."""
+    assert data.startswith(b":W&B")
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield whole
+            whole = b""
 
 
 def assert_arrived(trainer: DROTrainer, seen: dict[tuple[str, int], Any]) -> None:

@@ -1,18 +1,23 @@
 """The report of a run: complete, self-contained, escaped, and worded as the intervals allow."""
 
 import io
+import itertools
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from browser import headless
 from rich.console import Console
 
-from drorl.curves import curves
+from drorl.curves import curves, style
 from drorl.errors import InvalidInputError
 from drorl.report import METRICS, Metric, ahead_of_dro, headline, summary_table, verdict, write_report
+from drorl.runs import names_of
 
 
 def system(label, exact_match, f1, recall, iw_elbo, answer_logp=-6.0):
@@ -260,7 +265,7 @@ def test_answers_are_marked_by_exact_match(page):
 
 def test_permutations_are_listed_by_falling_weight(page):
     listed = "[1] &gt; [4] 0.500 [3] &gt; [2] 0.400 [4] &gt; [1] 0.050 [2] &gt; [1] 0.050"
-    assert f"Importance weights of the 4 permutations {listed}" in text_of(page)
+    assert "Importance weights of the 4 permutations" in text_of(page) and listed in text_of(page)
 
 
 def test_warning_and_licences_of_the_data_are_shown(page):
@@ -301,8 +306,168 @@ def test_gold_passages_are_shown_where_they_are_known(tmp_path, summary, page):
 
 
 def test_missing_summary_is_a_clear_error(tmp_path):
-    with pytest.raises(InvalidInputError, match="summary.json is missing: a recipe writes it"):
+    with pytest.raises(InvalidInputError, match="is no run's directory: summary.json is missing"):
         write_report(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------- runs that are not whole
+def state_of(history, step, **more):
+    return {"global_step": step, "max_steps": 40, "log_history": [e for e in history if e["step"] <= step], **more}
+
+
+def write_checkpoint(run_dir, state, settings=None):
+    folder = run_dir / f"checkpoint-{state['global_step']}"
+    folder.mkdir(parents=True)
+    write_run(folder, trainer_state=state, drorl={"settings": settings or {"num_candidates": 8}})
+
+
+def record(query, f1=0.5, iw_elbo=-5.0):
+    return {
+        "query": query,
+        "prediction": "x",
+        "exact_match": float(f1 == 1),
+        "f1": f1,
+        "recall": [1.0, 1.0],
+        "answer_logp": -6.0,
+        "iw_elbo": iw_elbo,
+        "chosen": [0],
+    }
+
+
+def write_records(run_dir, records, system="dro", **key):
+    (run_dir / "records").mkdir(parents=True, exist_ok=True)
+    key = {"answer_target": "surface", "metric_preset": "kilt"} | key
+    write_run(run_dir / "records", **{system: {"key": key, "seconds": 1.0, "records": records}})
+
+
+def test_a_run_of_a_bare_trainer_has_its_curves_and_says_what_is_missing(tmp_path, history):
+    """From the newest checkpoint that can be read, by step and not by name; one that was cut off is passed by."""
+    for step in (5, 20):
+        write_checkpoint(tmp_path, state_of(history, step), {"num_candidates": step})
+    (tmp_path / "checkpoint-30").mkdir()
+    (tmp_path / "checkpoint-30/trainer_state.json").write_text('{"global_step": 30, "log_hist')
+    page = write_report(tmp_path).read_text()
+    told = [value for tag, name, value in Attributes(page).found if (tag, name) == ("img", "alt")]
+    assert len(told) == 10 and all("at step 20" in words for words in told)
+    text = text_of(page)
+    assert f"{tmp_path.name}: 20 steps" in text and "not finished" not in text  # it may well be
+    assert "There is no run.json" in text and "No system was evaluated" in text and "log ends with step 20" in text
+    assert "num_candidates 20" in text and "Environment and command" not in text
+
+
+def test_an_interrupted_run_shows_what_it_evaluated(tmp_path, history):
+    """Means of its records, in per cent, before there is a summary; settings and command from run.json."""
+    write_checkpoint(tmp_path, state_of(history, 10))
+    write_records(tmp_path, [record("a", f1=1.0), record("b", f1=0.2)], system="warmup")
+    run = {"settings": {"learning_rate": 0.003}, "command": ["recipes/nq.py", "--seed", "1"], "commit": None}
+    write_run(tmp_path, run=run)
+    text = text_of(write_report(tmp_path).read_text())
+    assert "warm-up 50.0 [0.0, 100.0] 60.0 [20.0, 100.0]" in text
+    assert f"{tmp_path.name}: 10 steps, not finished" in text
+    assert "not come to its end (the last checkpoint is of step 10)" in text
+    assert "Evaluated on held-out questions so far: warm-up;" in text
+    assert "learning_rate 0.003" in text and "command recipes/nq.py --seed 1" in text
+    assert "improved" not in text and "IW-ELBO" in text
+
+
+def test_a_run_that_saved_nothing_yet_has_a_page(tmp_path):
+    """run.json is written before the first step: that is all there is, and the page says so."""
+    write_run(tmp_path, run={"settings": {"seed": 7}})
+    text = text_of(write_report(tmp_path).read_text())
+    assert "(no checkpoint yet)" in text and "There is no log" in text and "seed 7" in text
+
+
+# ------------------------------------------------------------------------------------------------------- comparisons
+@pytest.fixture
+def pair(tmp_path, summary, history, examples):
+    """Two finished runs that were asked the same questions; b's F1 is 0.1 above, in each but one, and two settings."""
+    questions = [f"q{i}" for i in range(30)]
+    for name, gain, setting in (("a", 0.0, 8), ("b <i>", 0.1, 16)):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {**summary["config"], "num_generations": setting, "baseline": name}
+        longer = [entry for entry in history if name != "a" or entry["step"] <= 30]
+        write_run(folder, summary={**summary, "config": config}, log_history=longer, examples=examples)
+        records = [record(q, f1=0.3 + (gain if i else 0.0), iw_elbo=-5 - i) for i, q in enumerate(questions)]
+        write_records(folder, records)
+    return tmp_path / "a", tmp_path / "b <i>"
+
+
+def compared(pair):
+    return write_report(*pair, output=pair[0].parent / "page.html").read_text()
+
+
+def test_two_runs_are_compared_question_by_question(pair):
+    """The difference is the mean over the questions, 29 of 30 times 0.1; equal values are no improvement."""
+    text = text_of(compared(pair))
+    assert "b &lt;i&gt; against a: improved F1" in text
+    assert "F1 points +9.7 [+9.0, +10.0] improved" in text
+    assert "exact match points +0.0 [+0.0, +0.0] not shown" in text
+    swapped = text_of(compared(pair[::-1]))
+    assert "a against b &lt;i&gt;: worsened F1" in swapped and "F1 points −9.7 [−10.0, −9.0] worsened" in swapped
+
+
+def test_other_questions_give_no_paired_difference(pair, summary):
+    """One question less, or another one: it is said, and nothing is called better, nor is any value bold."""
+    records = [record(f"q{i}", f1=1.0) for i in range(1, 31)]
+    write_records(pair[1], records)
+    page = compared(pair)
+    text = text_of(page)
+    assert "No paired difference: the questions are not the same: 30 and 30, of which 29 are in both." in text
+    assert "improved" not in text and 'class="best"' not in page
+
+
+def test_metrics_that_mean_something_else_are_left_out(pair):
+    """Of another normaliser, another scored answer, or another number of samples: by name, with the reason."""
+    page = compared(pair)
+    text = text_of(page)
+    assert "iw_elbo is left out: from another number of samples" in text and "IW-ELBO nats +" not in text
+    best = set(re.findall(r'data-label="([^,]*), [^"]*"><span class="best"', page))
+    assert best == {"exact match", "F1", "recall@1", "answer log-likelihood"}
+    write_records(pair[1], [record(f"q{i}") for i in range(30)], answer_target="first", metric_preset="hotpot")
+    text = text_of(compared(pair))
+    for name, setting in (("f1", "metric_preset"), ("exact_match", "metric_preset"), ("answer_logp", "answer_target")):
+        assert f"{name} is left out: {setting} is another" in text
+    assert "F1 points" not in text and "recall@1 points +0.0" in text
+
+
+def test_only_settings_that_differ_are_listed(pair):
+    """With both values; a setting that one run does not say is no difference."""
+    table = compared(pair).split('<table class="different">')[1].split("</table>")[0]
+    rows = dict(re.findall(r'<tr><th scope="row">([^<]*)</th>(.*?)</tr>', table))
+    assert rows == {
+        "num_generations": "<td>8</td><td>16</td>",
+        "baseline": "<td>a</td><td>b &lt;i&gt;</td>",
+    }
+
+
+def test_curves_are_laid_over_each_other(pair):
+    """One chart a quantity, told in numbers for each run; lines differ in colour and in dashes, thirty of them."""
+    page = compared(pair)
+    told = [value for tag, name, value in Attributes(page).found if (tag, name) == ("img", "alt")]
+    assert len(told) == len(drawings(page)) == 14
+    assert any(re.match(r"Validation: F1, %: A 31 at step 0, 34 at step 30; B 31 at step 0, 35 at", t) for t in told)
+    for drawing in drawings(page):
+        assert {">A<", ">B<"} <= set(re.findall(r">[AB]<", drawing))
+        for colour, dashes in map(style, (0, 1)):
+            lines = re.findall(rf'style="fill: none;([^"]*)stroke: {colour}; stroke-width: 1.8', drawing)
+            assert lines and all(bool(dashes) == ("stroke-dasharray" in line) for line in lines)
+    assert len({style(i) for i in range(30)}) == 30
+
+
+def test_a_comparison_loads_nothing_and_escapes_names(pair):
+    """As the page of one run."""
+    page = compared(pair)
+    loads = [value for _, name, value in Attributes(page).found if name in ("src", "href", "xlink:href", "srcset")]
+    assert [target for target in loads if not target.startswith(("#", "data:image/svg+xml,"))] == []
+    assert not {"script", "link", "iframe"} & {tag for tag, _, _ in Attributes(page).found}
+    assert "b <i>" not in page
+
+
+def test_runs_of_one_name_are_told_apart():
+    """By as much of their paths as is needed, and no more."""
+    assert names_of([Path("x/a/run"), Path("x/b/run"), Path("x/c")]) == ["a/run", "b/run", "c"]
+    assert names_of([Path("run"), Path("run")]) == [str(Path("run").resolve()).lstrip("/")] * 2
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -339,3 +504,98 @@ def test_terminal_table_marks_the_best_and_only_shown_differences(summary):
 )
 def test_numbers_as_shown(unit, value, signed, shown):
     assert Metric("key", "Label", unit, "").format(value, signed) == shown
+
+
+# ------------------------------------------------------------------------------------------------------ in a browser
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+REACHABLE = "[...document.querySelectorAll('a[href], summary, [tabindex]')].filter(e => e.checkVisibility())"
+LOW_CONTRAST = """
+(() => {
+  const rgb = c => (c.match(/[\\d.]+/g) || []).map(Number);
+  const luminance = c => {
+    const [r, g, b] = c.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const c = rgb(getComputedStyle(e).backgroundColor);
+      if (c.length === 3 || c[3] === 1) return c;
+    }
+  };
+  const seen = [...document.body.querySelectorAll('*')].filter(
+    e => e.checkVisibility() && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()));
+  const low = seen.map(e => {
+    const [a, b] = [luminance(rgb(getComputedStyle(e).color)), luminance(behind(e))].sort((x, y) => y - x);
+    return [(a + .05) / (b + .05), e.outerHTML.slice(0, 80)];
+  }).filter(([ratio]) => ratio < 4.5);
+  return {seen: seen.length, low};
+})()
+"""
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on PATH")
+    with headless(CHROMIUM, tmp_path_factory.mktemp("profile")) as tab:
+        yield tab
+
+
+@pytest.fixture(params=["one run", "stopped", "comparison"])
+def shown_page(request, tmp_path, pair, summary, history, examples):
+    """Each kind of page, with names and settings that are long."""
+    if request.param == "comparison":
+        long = tmp_path / ("a_name_that_says_all_of_" * 4)
+        write_checkpoint(long, state_of(history, 20), {"max_passage_tokens": "q" * 80})
+        return write_report(*pair, long, output=tmp_path / "page.html")
+    if request.param == "stopped":
+        write_checkpoint(tmp_path / "run", state_of(history, 20), {"lora_target_modules": ["q_proj"] * 30})
+        return write_report(tmp_path / "run")
+    return write_report(write_run(tmp_path, summary=summary, log_history=history, examples=examples))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_can_be_read_by_everyone(shown_page, tab, width, scheme):
+    """No page is wider than its window, all text has a contrast of 4.5, the keyboard reaches all there is to reach, in
+    order and visibly, and the browser neither complains nor asks for anything but the page."""
+    tab.open(shown_page, width, scheme=scheme)
+    background = re.findall(r"\d+", tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert (max(map(int, background)) < 60) == (scheme == "dark")
+    for state in ("as it is", "unfolded"):
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, state
+        contrast = tab.evaluate(LOW_CONTRAST)
+        assert contrast["seen"] > 25 and contrast["low"] == [], state
+        tab.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+    count = tab.evaluate(f"{REACHABLE}.length")
+    assert count >= 4
+    for i in range(count):
+        tab.press_tab()
+        assert tab.evaluate(f"{REACHABLE}.indexOf(document.activeElement)") == i
+        focus = tab.evaluate(
+            "(e => [getComputedStyle(e).outlineStyle, parseFloat(getComputedStyle(e).outlineWidth), "
+            "e.getBoundingClientRect().left])(document.activeElement)"
+        )
+        assert focus[0] == "solid" and focus[1] >= 2 and focus[2] >= 0
+    heard = {event["method"] for event in tab.events}
+    assert not heard & {"Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"}
+    asked = [e["params"]["request"]["url"] for e in tab.events if e["method"] == "Network.requestWillBeSent"]
+    assert asked and [url for url in asked if url != shown_page.as_uri() and not url.startswith("data:")] == []
+
+
+@pytest.mark.slow
+def test_the_structure_of_pages_is_announced(shown_page, tab):
+    """Landmarks, one first heading, none skipped; tables have a caption and headers a scope, images have words."""
+    tab.open(shown_page, 1280)
+    levels = tab.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(e => +e.tagName[1])")
+    assert levels.count(1) == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
+    for missing in (
+        "['header', 'nav[aria-label]', 'main'].filter(name => document.querySelectorAll(name).length !== 1)",
+        "[...document.querySelectorAll('table')].filter(t => !t.caption?.textContent.trim()).map(t => t.outerHTML)",
+        "[...document.querySelectorAll('th')].filter(t => !t.scope).map(t => t.outerHTML)",
+        "[...document.querySelectorAll('img')].filter(i => !i.alt).map(i => i.outerHTML)",
+        "[...document.querySelectorAll('svg')].filter(i => !i.ariaHidden).map(i => i.outerHTML)",
+        "[...document.querySelectorAll('a')].filter(a => !document.querySelector(a.getAttribute('href'))).map(String)",
+    ):
+        assert tab.evaluate(missing) == []

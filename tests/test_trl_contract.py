@@ -41,6 +41,7 @@ OVERRIDDEN_TRL_HOOKS = {
     "_clip_grad_norm": ("model",),
     "_save": ("output_dir", "state_dict"),
     "create_optimizer": ("model",),
+    "log": ("logs", "start_time"),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
     "create_model_card": ("model_name", "dataset_name", "tags"),
     "push_to_hub": ("commit_message", "blocking", "token", "revision"),

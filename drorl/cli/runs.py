@@ -76,11 +76,20 @@ def reproduce(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="A run's output directory, with summary.json.")]) -> None:
-    """Write report.html of a finished run again."""
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Output directories of runs, finished or not.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page. Default: report.html in the run; of several comparison.html here.")
+    ] = None,
+) -> None:
+    """Write a page about a run; about several, a page that compares them with the first.
+
+    Metrics with intervals, paired differences where the questions are the same, settings that differ, curves. It needs
+    nothing but itself to be read.
+    """
     from ..report import write_report
 
-    typer.echo(write_report(run_dir))
+    typer.echo(write_report(*run_dirs, output=output))
 
 
 @app.command()
