@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from itertools import chain
 from typing import Any, TypeVar, cast
@@ -213,17 +214,17 @@ class TwoRoleTrainer(AtomicCheckpoints):
         counted = self.accelerator.reduce(moments_of(rewards[new.to(rewards.device)]), "sum")
         return self.pipeline.critic.standardised(rewards, counted)
 
-    def _watched(
-        self, rollouts: list[Rollout], generator_logps: torch.Tensor, weighting: Weighting
-    ) -> dict[str, torch.Tensor]:
-        """Returns the metrics of a batch's weights, and now and then whether the generator reads its passages."""
+    def _watched(self, rollouts: list[Rollout], generator_logps: torch.Tensor, weighting: Weighting) -> Weighting:
+        """Adds to the metrics of a batch's weights, now and then, whether the generator reads its passages."""
         due = (self.state.global_step + 1) % probe_interval(self.args) == 0
         # Where the base is sharded every process has to make the same passes, and a probe may find none to make.
         if self.args.on_unhealthy == "ignore" or self.is_sharded or not due:
-            return dict(weighting.metrics)
+            return weighting
         asked = self.train_dataset, self.state.global_step
-        gain = reads_context(self.pipeline, rollouts, generator_logps, weighting.prior_weights, *asked)
-        return {**weighting.metrics, **({} if gain.isnan() else {"generator/reads_context": gain})}
+        gain, count = reads_context(self.pipeline, rollouts, generator_logps, weighting.prior_weights, *asked)
+        # Also where nothing counts: processes add their metrics up, so each has to have the same.
+        metrics = weighting.metrics | {"generator/reads_context": gain}
+        return replace(weighting, metrics=metrics, counts=weighting.counts | {"generator/reads_context": count})
 
     def _log_means(self, outputs: Sequence[tuple[LossOutput, int]], described: Mapping[str, float]) -> None:
         """Logs each metric's mean over all that it was counted on in a step: in every batch, accumulated or not, of
