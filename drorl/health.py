@@ -266,13 +266,14 @@ def reads_context(
     prior_weights: torch.Tensor,
     rows: Sequence[Mapping[str, Any]],
     start: int,
-) -> torch.Tensor:
-    r"""Returns by how much a query's passages make its gold answer likelier than another's do, a scalar, nats.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Returns by how much a query's passages make its gold answer likelier than another's do, and of how many.
 
     $$\sum_i b_i \log p_g(y|x,d_{z_i}) - \log p_g(y|x,d')$$
 
-    averaged over the queries; b are the weights that the samples would have without any answer, d' the first passages
-    of another query in the retriever's order, as many as the permutations have. NaN if there is none.
+    averaged over the queries, a scalar, nats; b are the weights that the samples would have without any answer, d' the
+    first passages of another query in the retriever's order, as many as the permutations have. A query of which one or
+    the other is not there does not count; 0 where none counts.
 
     Args:
         pipeline ([`RAGPipeline`]): both models.
@@ -286,7 +287,7 @@ def reads_context(
     others = answer_logps_of(pipeline, rollouts, contexts)[:, 0]
     own = (prior_weights * generator_logps.masked_fill(prior_weights == 0, 0.0)).sum(dim=-1)
     where = others.isfinite() & (prior_weights.sum(dim=-1) > 0)
-    return (own - others)[where].mean()
+    return (own - others)[where].sum() / where.sum().clamp(min=1), where.sum()
 
 
 def _of_another(

@@ -268,7 +268,8 @@ class DROTrainer(TwoRoleTrainer):
         # A surrogate's loss is corrected itself; there a sample that is masked stays in its group, as in TRL.
         in_weights = correction if args.selector_objective in (*WEIGHTED, "none") else None
         weighting = self._weigh(rollouts, selector_logps, generator_logps.detach(), in_weights)
-        loss, metrics = torch.zeros((), device=self.args.device), self._watched(rollouts, weighting)
+        weighting = self._watched(rollouts, weighting)
+        loss, metrics = torch.zeros((), device=self.args.device), dict(weighting.metrics)
         counts, scale = dict(weighting.counts), 1 / self.current_gradient_accumulation_steps
         if train_generator:
             output = self._generator_loss(rollouts, generator_logps, weighting)

@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from itertools import chain
 from pathlib import Path
@@ -219,19 +220,21 @@ class TwoRoleTrainer(AtomicCheckpoints):
         counted = self.accelerator.reduce(moments_of(rewards[new.to(rewards.device)]), "sum")
         return self.pipeline.critic.standardised(rewards, counted)
 
-    def _watched(self, rollouts: list[Rollout], weighting: Weighting) -> dict[str, torch.Tensor]:
-        """Returns the metrics of a batch's weights, and now and then whether the generator reads its passages."""
+    def _watched(self, rollouts: list[Rollout], weighting: Weighting) -> Weighting:
+        """Keeps what was drawn, and adds to its metrics, now and then, whether the generator reads its passages."""
         step, drawn = self._drawn
         batch = {id(rollout): (rollout, weighting, index) for index, rollout in enumerate(rollouts)}
         self._drawn = self.state.global_step, (drawn if step == self.state.global_step else {}) | batch
         due = (self.state.global_step + 1) % probe_interval(self.args) == 0
         # Where the base is sharded every process has to make the same passes, and a probe may find none to make.
         if self.args.on_unhealthy == "ignore" or self.is_sharded or not due:
-            return dict(weighting.metrics)
+            return weighting
         asked = self.train_dataset, self.state.global_step
         logps, prior = weighting.scores.generator_logps, weighting.prior_weights
-        gain = reads_context(self.pipeline, rollouts, logps, prior, *asked)
-        return {**weighting.metrics, **({} if gain.isnan() else {"generator/reads_context": gain})}
+        gain, count = reads_context(self.pipeline, rollouts, logps, prior, *asked)
+        # Also where nothing counts: processes add their metrics up, so each has to have the same.
+        metrics = weighting.metrics | {"generator/reads_context": gain}
+        return replace(weighting, metrics=metrics, counts=weighting.counts | {"generator/reads_context": count})
 
     @property
     def samples(self) -> list[Weighed]:

@@ -197,7 +197,7 @@ def _section(path: Path, grid_file: Path) -> list[str]:
     by_grid = sorted(results.cells.values(), key=lambda c: (place.get(c.method.split(" / ")[0], len(place)), c.seed))
     results.cells = {cell.key: cell for cell in by_grid}
     command = f"python recipes/compare.py {'tune' if is_tuning else 'run'} --grid recipes/grids/{name}.yaml"
-    lines = [f"## {path.stem}", "", *([] if is_tuning else [grid.get("about", ""), ""]), "```", command, "```", ""]
+    lines = [f"## {path.stem}", "", *([] if is_tuning else [grid.get("about", ""), ""]), "```sh", command, "```", ""]
     for budget in results.budgets():
         methods = results.methods(budget)
         questions = max(len(cell.predictions["prediction"]) for cell in results.cells.values())
@@ -206,7 +206,7 @@ def _section(path: Path, grid_file: Path) -> list[str]:
             trained = [method for method in methods if method in grid["methods"]]
             seeds = sorted({cell.seed for method in trained for cell in results.of(method, budget)})
             asked = f"--methods {shlex.join(trained)} --seeds {shlex.join(map(str, seeds))}"
-            lines += ["```", f'{command} --budgets "{budget}" {asked}', "```", ""]
+            lines += ["```sh", f'{command} --budgets "{budget}" {asked}', "```", ""]
         lines += [*_table(results, budget, grid.get("paper", {})), "", *_training(results, budget)]
         if not is_tuning and len(methods) > 1:
             for reference in [m for m in grid.get("references", methods[:1]) if m in methods]:
@@ -236,7 +236,7 @@ def write_report(folder: Path, grids: Path) -> Path:
         lines.append("**No cell of a grid has been run yet.**\n")
     for name, (title, command, end) in APART.items():
         if (path := folder / f"{name}.md").exists():
-            lines += [f"## {title}", "", "```", command, "```", "", path.read_text(), end]
+            lines += [f"## {title}", "", "```sh", command, "```", "", path.read_text(), end]
     if len(lines) == 2:
         raise InvalidInputError(f"{folder} holds no results: run `python recipes/compare.py run` first")
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")

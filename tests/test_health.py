@@ -1,8 +1,10 @@
 """What the watch over training finds, each in a run whose settings cause it, and what it leaves alone."""
 
+import copy
 import importlib
 import json
 import logging
+import random
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,17 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import RIVERS
 from engines import SecondModel
 from runs import adapter_state, assert_identical, near_permutations
 from test_engines import with_engine
 from test_trainer import record_rollouts, sequence_logp
 from test_work import encoded_tokens
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from drorl.adapters import GENERATOR, ROLES, activate
+from drorl.adapters import GENERATOR, ROLES, activate, add_adapters
 from drorl.errors import UnhealthyError
-from drorl.health import IGNORES_CONTEXT, RULES, Log, probe_interval
+from drorl.health import IGNORES_CONTEXT, RULES, Log, parity_lost, probe_interval
+from drorl.likelihood import sequence_logps
+from drorl.prompts import PromptBuilder
 from drorl.trainer import DROTrainer
 
 Rows = list[dict[str, Any]]
@@ -68,6 +73,9 @@ def test_equal_weights_are_found(make_trainer: Make, rows: Callable[..., Rows]) 
     trainer.train()
     assert list(trainer.health.found) == ["nothing_to_learn"]
     assert "their passages are equally good" in trainer.health.found["nothing_to_learn"]
+    trainer.args.max_steps = 1
+    trainer.train()
+    assert trainer.health.found == {}  # of this run, which is too short to say so
 
 
 @pytest.mark.parametrize(
@@ -104,6 +112,50 @@ def test_a_generator_that_ignores_its_passages_is_found(make_trainer: Make, rows
     assert abs(fmean(gains[10:])) < IGNORES_CONTEXT
     assert "context_ignored" in trainer.health.found
     assert logged(trainer, "generator/logps")[-1] > logged(trainer, "generator/logps")[0] + 10  # it has learned it
+
+
+def about_one_river(rows: Rows) -> Rows:
+    """Rows of whose passages each names the same river, the answer; no query says which."""
+    rivers = random.Random(0).sample(RIVERS * 4, 4 * len(RIVERS))
+    made = []
+    for i, (river, row) in enumerate(zip(rivers, rows, strict=True)):
+        passages = [{"id": str(n), "title": river, "text": f"It is {n} km long."} for n in range(6)]
+        made.append({**row, "query": f"Which river is number {i}?", "answers": [river], "candidates": passages})
+    return made
+
+
+def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Rows) -> None:
+    """Trains all weights for 600 steps of eight rows, until the model copies the answer from the first passage."""
+    prompts, optimizer = PromptBuilder(tokenizer), torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(600):
+        batch = [rows[(8 * step + i) % len(rows)] for i in range(8)]
+        pairs = [(prompts.generator(r["query"], r["candidates"][:1]), prompts.answer(r["answers"][0])) for r in batch]
+        loss = -torch.stack([logps.sum() for logps in sequence_logps(model, pairs)]).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.slow
+def test_a_generator_that_reads_is_left_alone_and_one_that_cannot_is_found(
+    make_trainer: Make, rows: Callable[..., Rows], tiny_model: Callable, tokenizer: Any, lora: Any
+) -> None:
+    """One that has learned to copy, in a whole run; and the same with its attention cut, which can read nothing."""
+    made, taught = about_one_river(rows(4 * len(RIVERS), 6)), tiny_model()
+    teach(taught, tokenizer, made)
+    gains, found = {}, {}
+    for reads in (True, False):
+        model = copy.deepcopy(taught)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.data.mul_(reads)
+        # At a learning rate of 1e-6 the run sees the model as it is.
+        settings = {"learning_rate": 1e-6, "max_steps": 100, "num_selected": 1, **one_query_a_step(8)}
+        trainer = make_trainer(model=add_adapters(model, lora), train_rows=made, **settings)
+        trainer.train()
+        gains[reads], found[reads] = logged(trainer, "generator/reads_context"), trainer.health.found
+    assert len(gains[True]) == len(gains[False]) == 10
+    assert fmean(gains[True]) > 1.0 and "context_ignored" not in found[True]
+    assert max(map(abs, gains[False])) < 1e-4 and "another query's passages" in found[False]["context_ignored"]
 
 
 def test_a_gap_between_engine_and_trainer_is_said_once(
@@ -195,6 +247,130 @@ def test_runs_that_went_well_are_left_alone() -> None:
                 found.setdefault((path.stem, cell["method"]), set()).update(findings(cell))
     assert len(runs) > 100
     assert {run: names for run, names in found.items() if names} == STOOD_STILL
+
+
+# ---------------------------------------------------------------------------------------------------------- the edges
+Part = tuple[int, dict[str, float]]  # so many steps, each of which has these figures in the log
+
+
+def ess(size: float) -> dict[str, float]:
+    return {"effective_sample_size": size}
+
+
+def bound(nats: float) -> dict[str, float]:
+    return {"iw_elbo": nats}
+
+
+def valid(rate: float) -> dict[str, float]:
+    return {"permutations/valid_rate": rate}
+
+
+FREE = {"constrained": False}
+# Rule, settings, a log in which it finds something, and logs beside it in which it does not. m = 4, N = 8, K = 1.
+EDGES: list[tuple[str, dict[str, Any], list[Part], list[list[Part]]]] = [
+    (
+        "one_sample_carries_all",
+        {},
+        [(1, ess(1.3)), (20, ess(1.04))],
+        [[(19, ess(1.04))], [(1, ess(1.06)), (19, ess(1.04))], [(20, ess(1.06))], [(20, ess(0.9))]],
+    ),
+    ("nothing_to_learn", {}, [(10, ess(4.0)), (10, ess(3.86))], [[(19, ess(4.0))], [(10, ess(4.0)), (10, ess(3.8))]]),
+    (
+        "entropy_collapsed",
+        {},
+        [(9, {"selector/entropy": 0.5}), (10, {"selector/entropy": 0.19}), (10, {"selector/entropy": 0.01})],
+        [
+            [(19, {"selector/entropy": 0.01})],
+            [(10, {"selector/entropy": 0.2}), (10, {"selector/entropy": 0.02})],  # 0.11, of log 8 = 2.08
+        ],
+    ),
+    (
+        "context_ignored",
+        {},
+        [(1, {"generator/reads_context": 9.0}), (100, {"generator/reads_context": 0.0}), (100, {})],
+        [[(199, {"generator/reads_context": 0.0})], [(200, {"generator/reads_context": 0.11})]],
+    ),
+    (
+        "valid_rate_dropped",
+        FREE,
+        [(20, valid(0.8)), (20, valid(0.3)), (20, valid(0.39))],
+        [
+            [(20, valid(0.8)), (20, valid(0.3)), (20, valid(0.41))],
+            [(19, valid(0.8)), (20, valid(0.1))],
+            [(20, valid(0.09)), (20, valid(0.0))],
+        ],
+    ),
+    (
+        "loss_spiked",
+        {},
+        # The quartiles of the 50 before the last ten are 1 apart.
+        [(60, bound(-30.0)), (25, bound(-9.0)), (25, bound(-10.0)), (4, bound(-9.5)), (6, bound(-13.7))],
+        [
+            [(10, bound(-9.0)), (10, bound(-10.0)), (4, bound(-9.5)), (6, bound(-13.3))],
+            [(10, bound(-9.0)), (10, bound(-10.0)), (6, bound(-9.5)), (4, bound(-20.0))],
+            [(9, bound(-9.5)), (10, bound(-9.5)), (10, bound(-20.0))],
+            [(20, bound(-9.5)), (10, bound(-10.4))],  # no spread, but less than a nat
+        ],
+    ),
+]
+# Where a rule has nothing to say, whatever the log.
+SILENT = [
+    ("one_sample_carries_all", {"num_generations": 1}),
+    ("one_sample_carries_all", {"selector_objective": "grpo", "generator_objective": "sft"}),
+    ("nothing_to_learn", {"num_generations": 1}),
+    ("nothing_to_learn", {"selector_objective": "none"}),
+    ("entropy_collapsed", {"proposal": "retriever"}),
+    ("valid_rate_dropped", {"constrained": True}),
+]
+
+
+def found_by(rule: str, parts: list[Part], **settings: Any) -> str | None:
+    defaults = {
+        "selector_objective": "dro",
+        "generator_objective": "dro",
+        "num_generations": 4,
+        "num_candidates": 8,
+        "num_selected": 1,
+        "proposal": "policy",
+        "constrained": True,
+    }
+    args: Any = SimpleNamespace(**(defaults | settings))
+    entries = [figures for count, figures in parts for _ in range(count)]
+    return RULES[rule](Log([{"loss": 0.0, "step": i, **figures} for i, figures in enumerate(entries, 1)]), args)
+
+
+@pytest.mark.parametrize(("rule", "settings", "found", "others"), EDGES, ids=[edge[0] for edge in EDGES])
+def test_rules_hold_to_their_thresholds(
+    rule: str, settings: dict[str, Any], found: list[Part], others: list[list[Part]]
+) -> None:
+    """Each finds what lies just beyond its threshold for just as long as it says, and nothing on this side of it."""
+    assert found_by(rule, found, **settings)
+    assert [found_by(rule, parts, **settings) for parts in others] == [None] * len(others)
+    for silent, where in SILENT:
+        if silent == rule:
+            assert found_by(rule, found, **(settings | where)) is None
+
+
+def test_one_objective_of_dro_is_enough_for_its_weights_to_matter() -> None:
+    """A selector that is frozen, or trained otherwise, beside a generator that the weights train."""
+    for selector in ("none", "grpo"):
+        assert found_by("one_sample_carries_all", [(20, ess(1.0))], selector_objective=selector)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit", "edge"), [(torch.float32, 0.5, 0.01), (torch.bfloat16, 0.5, 0.1), (torch.float32, 0.001, 0.001)]
+)
+def test_the_gap_that_is_said(dtype: torch.dtype, limit: float, edge: float) -> None:
+    """A fifth of the gap that stops the run, in float32 0.01 nats, and never more than the gap that stops it."""
+    args: Any = SimpleNamespace(max_sampling_logp_difference=limit)
+    for gap, said in ((0.99 * edge, False), (1.01 * edge, True)):
+        entry = {"loss": 0.0, "step": 1, "sampling/logp_difference/mean": gap, "sampling/logp_difference/max": 1.0}
+        assert (parity_lost(Log([entry]), args, dtype) is not None) == said
+
+
+def test_how_often_the_generator_is_probed() -> None:
+    """For every 80 contexts one, and not more often than every ten steps: max(10, 80/m), rounded up."""
+    assert [probe_interval(m_of(m)) for m in (1, 3, 4, 8, 16)] == [80, 27, 20, 10, 10]
 
 
 # --------------------------------------------------------------------------------------------------- what it comes to

@@ -19,15 +19,17 @@ from peft import LoraConfig, get_peft_model
 from processes import launch, starter, task, worker
 from runs import adapter_state, assert_identical, both_adapters, largest_difference, measured, near_permutations
 from safetensors.torch import load_file
+from test_health import alike, answer_alone, logged
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import drorl.rollouts
+import drorl.two_roles
 from drorl.adapters import GENERATOR, SELECTOR
 from drorl.callbacks import InterruptCallback
 from drorl.engines.base import EngineError
 from drorl.engines.sampler import EngineSampler
-from drorl.errors import InvalidInputError
+from drorl.errors import InvalidInputError, UnhealthyError
 from drorl.trainer import DROTrainer
 
 pytestmark = pytest.mark.slow
@@ -304,6 +306,73 @@ def test_worker_of_an_engine(
 def test_an_engine_lost_by_one_process_ends_both(tmp_path: Path) -> None:
     """Neither waits for the other: both raise, and the checkpoint is whole."""
     launch(f"{__file__}::test_worker_of_an_engine", 2, "slow", run_dir=str(tmp_path))
+
+
+@worker
+@pytest.mark.parametrize("ill", ["one", "both"])
+def test_worker_that_is_stopped(ill: str, make_trainer: Callable[..., DROTrainer], rows: Callable[..., Any]) -> None:
+    """Of a process whose candidates are all alike, effective_sample_size is m; the mean over both is what counts."""
+    made = rows(8, 6)
+    if ill == "both" or os.environ["RANK"] == "1":
+        made = alike(made)
+    run_dir = Path(task()["run_dir"]) / ill
+    settings = {"num_generations": 4, "per_device_train_batch_size": 4, "max_steps": 21, "on_unhealthy": "stop"}
+    trainer = make_trainer(output_dir=str(run_dir), train_rows=made, **settings)
+    if ill == "one":
+        trainer.train()
+        assert (trainer.state.global_step, trainer.health.found) == (21, {})
+        return
+    with pytest.raises(UnhealthyError, match="stopped at step 20; the run is saved in .*checkpoint-20"):
+        trainer.train()
+    names = {path.name for path in (run_dir / "checkpoint-20").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "manifest.json"} <= names
+
+
+@starter
+def test_both_processes_stop_a_run_that_is_not_well_or_neither(tmp_path: Path) -> None:
+    """What one process finds in its own queries stops nothing; what the mean says stops both, saved, in one step."""
+    launch(f"{__file__}::test_worker_that_is_stopped", 2, "slow", run_dir=str(tmp_path))
+
+
+@worker
+def test_worker_that_is_probed(
+    make_trainer: Callable[..., DROTrainer],
+    rows: Callable[..., Any],
+    poisoned: Callable[[str, list[int]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second process has no answer that can be compared, and more batches than the first."""
+    rank, run_dir, asked = int(os.environ["RANK"]), Path(task()["run_dir"]), []
+    real = drorl.two_roles.reads_context
+
+    def recorded(*arguments: Any) -> Any:
+        found = real(*arguments)
+        asked.append([float(value) for value in found])
+        return found
+
+    monkeypatch.setattr(drorl.two_roles, "reads_context", recorded)
+    trainer = make_trainer(
+        output_dir=str(run_dir / "run"),
+        train_rows=answer_alone(rows(8, 6)),
+        num_generations=8,
+        per_device_train_batch_size=16,
+        max_steps=10,
+        max_tokens_per_forward=400 if rank else 3000,
+    )
+    if rank:
+        poisoned("-inf", trainer.pipeline.generator_prompts.answer("Po"))
+    trainer.train()
+    (run_dir / f"{rank}.json").write_text(json.dumps([asked, logged(trainer, "generator/reads_context")]))
+
+
+@starter
+def test_a_probe_that_one_process_cannot_make_is_the_others(tmp_path: Path) -> None:
+    """Neither waits for ever: both log what the first has measured on its two queries."""
+    launch(f"{__file__}::test_worker_that_is_probed", 2, "slow", run_dir=str(tmp_path))
+    (first, gains), (second, same) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert second == [[0.0, 0.0], [0.0, 0.0]]  # two batches, nothing to compare in either
+    [[gain, count]] = first
+    assert count == 2 and gains == same == [pytest.approx(gain, rel=1e-6)]
 
 
 class TermToOne(TrainerCallback):
