@@ -345,7 +345,7 @@ def check_script(script: str, arguments: list[str]) -> None:
 
 def marked(block: Block) -> Any:
     marks = [pytest.mark.slow] if "bin/pytest" in block.text else []  # each collects in a process of its own
-    marks += [pytest.mark.vllm] if ".venv-vllm/bin/python" in block.text else []
+    marks += [pytest.mark.vllm] if ".venv-vllm/bin/p" in block.text else []
     return pytest.param(block, id=f"{block.page}, {block.text.splitlines()[0]}"[:70], marks=marks)
 
 
