@@ -269,25 +269,35 @@ class AtomicCheckpoints(SharedOnHub):
             self._save_checkpoint(self.model, None)
             raise loss(f"{error}. The run is saved at step {step}: go on with resume_from_checkpoint") from error
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `transformers.Trainer`: both adapters, the tokenizer, `drorl.json` and the card.
+
+        Raises:
+            OutputError: if they cannot be written.
+        """
+        if _internal_call:  # a part of a checkpoint
+            return super().save_model(output_dir, _internal_call=True)
+        with self._telling_why("the model", Path(output_dir or self.args.output_dir)):
+            super().save_model(output_dir)
+
     @contextmanager
-    def _telling_why(self, run_dir: Path) -> Generator[None]:
-        """Says in one line why a checkpoint could not be written, and from which one to go on."""
+    def _telling_why(self, what: str, folder: Path) -> Generator[None]:
+        """Says in one line why something could not be written, and from which checkpoint to go on."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as a RuntimeError
+            run_dir = Path(self.args.output_dir)
             shutil.rmtree(run_dir / STAGING, ignore_errors=True)
-            free = f"{shutil.disk_usage(run_dir).free / 2**30:.2f} GiB free"
-            failed = f"the checkpoint of step {self.state.global_step} cannot be written to {run_dir} ({free})"
+            there = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
+            failed = f"{what} cannot be written to {folder} ({shutil.disk_usage(there).free / 2**30:.2f} GiB free)"
             whole = newest_whole(run_dir)
-            last = (
-                f"{whole.name} is whole: go on from it with resume_from_checkpoint" if whole else "there is none yet"
-            )
+            last = f"{whole.name} is whole: go on from it with resume_from_checkpoint" if whole else "Nothing was saved"
             raise OutputError(f"{failed}: {str(error).splitlines()[0]}. {last}") from error
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes the checkpoint aside and renames it, so that a full disk or a kill leaves the previous one whole."""
         run_dir = Path(self.args.output_dir)
-        with self._telling_why(run_dir):
+        with self._telling_why(f"the checkpoint of step {self.state.global_step}", run_dir):
             self._write_aside(model, trial, run_dir / STAGING)
             if self.args.should_save:
                 publish_checkpoint(run_dir / STAGING, run_dir, self.state, self.args.save_total_limit)

@@ -63,6 +63,13 @@ def test_worker(fault: str, make_trainer: Callable[..., DROTrainer], tmp_path: P
     resumed = make_trainer(**settings)
     resumed.train(resume_from_checkpoint="last")
     assert_identical(both_adapters(resumed), both_adapters(straight))
+    if fault == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", str(run)], check=True)
+    else:
+        with pytest.raises(OSError, match="No space left"):
+            (run / "of another").write_bytes(bytes(100 * size))
+    with pytest.raises(OutputError, match=rf"^the model cannot be written to {run} \(.*checkpoint-6 is whole"):
+        resumed.save_model()
 
 
 @starter

@@ -40,6 +40,7 @@ OVERRIDDEN_TRL_HOOKS = {
     "_load_best_model": (),
     "_clip_grad_norm": ("model",),
     "_save": ("output_dir", "state_dict"),
+    "save_model": ("output_dir", "_internal_call"),
     "create_optimizer": ("model",),
     "log": ("logs", "start_time"),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
