@@ -291,7 +291,9 @@ class AtomicCheckpoints(SharedOnHub):
             there = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
             failed = f"{what} cannot be written to {folder} ({shutil.disk_usage(there).free / 2**30:.2f} GiB free)"
             whole = newest_whole(run_dir)
-            last = f"{whole.name} is whole: go on from it with resume_from_checkpoint" if whole else "Nothing was saved"
+            last = (
+                f"{whole.name} is whole: go on from it with resume_from_checkpoint" if whole else "Nothing was saved"
+            )
             raise OutputError(f"{failed}: {str(error).splitlines()[0]}. {last}") from error
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
