@@ -1,4 +1,4 @@
-"""What logging, callbacks and checkpoints cost of a training step, with the demo's settings.
+"""What logging, callbacks, the live view and checkpoints cost of a training step, with the demo's settings.
 
     PYTHONPATH=recipes python benchmarks/overhead.py --steps 20        # the last line is JSON
 
@@ -8,6 +8,7 @@ in `save_steps` steps of the demo's, however many of them are made.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import nq
+from rich.console import Console
+from rich.live import Live
 from transformers import PrinterCallback
 from transformers.trainer_callback import CallbackHandler
 from trl import TrlParser
@@ -60,10 +63,13 @@ def measure(steps: int) -> dict[str, Any]:
         script, config = TrlParser((nq.ScriptArguments, DROConfig)).parse_args_and_config(flags)
         rows, _ = nq.load_data(script)
         model, tokenizer, *_ = nq.load_model(script)
-        callbacks = [InterruptCallback(), RichProgressCallback("overhead"), TimeBudgetCallback(3600)]
+        callbacks = [InterruptCallback(), TimeBudgetCallback(3600)]
         trainer = DROTrainer(model, config, rows["train"], processing_class=tokenizer, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
-        meter = Meter()
+        terminal = Console(file=Path(os.devnull).open("w"), force_terminal=True, width=110, height=44)
+        trainer.add_callback(RichProgressCallback("overhead", terminal, trainer))
+        meter, drawing = Meter(), Meter()  # the view is drawn in a thread of its own
+        drawing.watch(Live, "refresh", "live view")
         meter.watch(DROTrainer, "_log_means", "logging")
         meter.watch(DROTrainer, "log", "logging")
         meter.watch(DROTrainer, "_save_checkpoint", "checkpoints")
@@ -75,6 +81,7 @@ def measure(steps: int) -> dict[str, Any]:
     each = (wall - sum(meter.seconds.values())) / steps
     checkpoint = meter.seconds["checkpoints"] / meter.calls["checkpoints"]
     extra = {label: meter.seconds[label] / steps for label in ("logging", "callbacks")}
+    extra["live view"] = drawing.seconds["live view"] / steps
     extra["checkpoints"] = checkpoint / config.save_steps
     shares = {label: round(seconds / each, 5) for label, seconds in extra.items()}
     return {
