@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from engines import SecondModel
@@ -46,6 +47,7 @@ EXACT: dict[str, dict[str, Any]] = {
         "baseline": "leave_one_out",
         "generator_objective": "sft",
         "gradient_accumulation_steps": 2,
+        "log_completions": True,
     },
     "generator only": {"selector_objective": "none"},
     "epochs whose last queries fill no batch": {"train_queries": 10, "max_steps": -1, "num_train_epochs": 2},
@@ -213,13 +215,21 @@ def last_of(run: Path) -> Path:
     return max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
+def samples_of(run: Path) -> list[pd.DataFrame]:
+    """What `log_completions` has kept of each step, in an order that does not depend on the process."""
+    order = ["prompt", "completion", "selector_logps"]  # of several rows with one query
+    return [pd.read_parquet(path).sort_values(order, ignore_index=True) for path in sorted(run.glob("completions/*"))]
+
+
 def agree(actual: Path, expected: Path) -> None:
-    """Checks that adapters, metrics of each step and an evaluation agree to float32 rounding."""
+    """Checks that adapters, metrics and samples of each step and an evaluation agree to float32 rounding."""
     one, two = (json.loads((run / "metrics.json").read_text()) for run in (expected, actual))
     assert two["eval"] == pytest.approx(one["eval"], rel=1e-6, abs=1e-5)  # log-likelihoods of -19 nats
     assert len(one["train"]) == len(two["train"]) >= 2
     for step, other in zip(one["train"], two["train"], strict=True):
         assert other == pytest.approx(step, rel=1e-5, abs=1e-5)
+    for step, other in zip(samples_of(expected), samples_of(actual), strict=True):
+        pd.testing.assert_frame_equal(other, step, rtol=1e-5, atol=1e-5)
     last = last_of(expected).name
     for role in ROLES:
         files = (run / last / role / "adapter_model.safetensors" for run in (actual, expected))
