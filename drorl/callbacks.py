@@ -181,10 +181,11 @@ class TrainingProgress(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """Returns what is shown. The view is laid out once, and again when the terminal has been resized."""
         yield from super().get_renderables()
-        if self.view is not None and self.console.is_terminal:
-            asked = self.view, self.console.size
+        view = self.view  # another thread draws than sets it
+        if view is not None and self.console.is_terminal:
+            asked = view, self.console.size
             if self._laid_out is None or self._laid_out[0] != asked:
-                lines = self.console.render_lines(self.view(*self.console.size), pad=False)
+                lines = self.console.render_lines(view(*self.console.size), pad=False)
                 self._laid_out = asked, SegmentLines(lines, new_lines=True)
             yield self._laid_out[1]
 

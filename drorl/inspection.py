@@ -15,7 +15,7 @@ from .weights import effective_sample_size, iw_elbo, log_importance_weights
 
 @dataclass(frozen=True)
 class Weighed:
-    """The permutations drawn for one query, the weightiest first. Tensors are `(m,)`."""
+    """The permutations drawn for one query, the weightiest first. Tensors are `(m,)`, in main memory."""
 
     query: str
     permutations: list[Permutation | None]
@@ -26,7 +26,8 @@ class Weighed:
     """log p_g(y|x,d_z), nats."""
     importance_weights: torch.Tensor
     advantages: torch.Tensor
-    """What the selector's loss multiplies each permutation's log-likelihood with."""
+    """What the selector's loss multiplies each permutation's log-likelihood with; of PPO, which has one for each
+    decision, and of a selector that is not trained: DRO's."""
     effective_sample_size: float
     iw_elbo: float
     """nats"""
@@ -90,10 +91,10 @@ def weighed(
     return Weighed(
         query=row["query"],
         permutations=[None if z is None else tuple(places[i] for i in z) for z in drawn],
-        selector_logps=scores.selector_logps[index][order],
-        generator_logps=scores.generator_logps[index][order],
-        importance_weights=weights[order],
-        advantages=weighting.advantages[index][order],
+        selector_logps=scores.selector_logps[index][order].cpu(),
+        generator_logps=scores.generator_logps[index][order].cpu(),
+        importance_weights=weights[order].cpu(),
+        advantages=weighting.advantages[index][order].cpu(),
         effective_sample_size=float(effective_sample_size(weights)),
         iw_elbo=float(iw_elbo(log_weights)),
     )

@@ -28,7 +28,6 @@ _LABELS = {
     "retriever_zero_shot": "retriever's order, zero-shot",
     TRAINED: "DRO",
 }
-_OF_THE_STATE = ("max_steps", "num_train_epochs", "train_batch_size", "logging_steps", "eval_steps", "save_steps")
 _ORIGIN = ("command", "commit", "started", "data", "models", "machine", "versions")
 _COMPARED = ("commit", "data", "models", "versions", "machine.device", "machine.cpu", "machine.dtype")
 
@@ -61,6 +60,8 @@ class Run:
     """The newest checkpoint's; empty if there is none."""
     summary: dict[str, Any] | None
     """`None`: the run is not finished, or no recipe made it."""
+    summary_step: int
+    """The step after which the summary was made."""
     examples: list[dict[str, Any]]
     evaluated: dict[str, Evaluated]
 
@@ -86,12 +87,17 @@ class Run:
     @property
     def steps(self) -> int:
         """The last step that is in the log."""
-        return max((entry["step"] for entry in self.history), default=0)
+        return last_step(self.history)
 
     @property
     def missing(self) -> list[str]:
         """Sentences that say what the directory does not."""
         said = []
+        if self.summary is not None and self.steps > self.summary_step:
+            said.append(
+                f"The run has gone on: it was evaluated after step {self.summary_step}, as below, and the last "
+                f"checkpoint is of step {self.state['global_step']}."
+            )
         if self.stopped:
             step = self.state.get("global_step")
             last = "no checkpoint yet" if step is None else f"the last checkpoint is of step {step}"
@@ -108,8 +114,8 @@ class Run:
             said.append(f"Evaluated on held-out questions so far: {labels}; not the system that is being trained.")
         if not self.history:
             said.append(
-                f"There is no log, so there are no curves: a checkpoint has it ({STATE_FILE}), and so has the "
-                "directory after trainer.save_state()."
+                f"There is no log that can be read, so there are no curves: a checkpoint has it ({STATE_FILE}), and "
+                "so has the directory after trainer.save_state()."
             )
         elif self.summary is None:
             said.append(f"The log ends with step {self.steps}; what came after the last checkpoint is not in it.")
@@ -129,30 +135,43 @@ def read_run(run_dir: Path) -> Run:
     evaluated = {path.stem: _evaluated(path) for path in sorted((run_dir / "records").glob("*.json"))}
     if summary is None and made is None and not state and not evaluated:
         raise InvalidInputError(
-            f"{run_dir} is no run's directory: summary.json is missing, and so are {RUN_FILE} and a checkpoint's "
-            f"{STATE_FILE}"
+            f"{run_dir} is no run's directory: summary.json is missing, and so are {RUN_FILE} and a {STATE_FILE} "
+            "that can be read"
         )
-    if made is not None:
-        settings = made["settings"]
-    elif summary is not None:
-        settings = summary["config"]
-    else:
-        of_the_state = {name: state[name] for name in _OF_THE_STATE if state.get(name) is not None}
-        settings = of_the_state | (_read(checkpoint / "drorl.json") or {}).get("settings", {})
-    history = _read(run_dir / "log_history.json")
-    origin = {name: value for name, value in {**(summary or {}), **(made or {})}.items() if name in _ORIGIN}
-    if isinstance(origin.get("command"), list):
-        origin["command"] = " ".join(origin["command"])
-    return Run(
-        directory=run_dir,
-        settings=settings,
-        origin={name: origin[name] for name in _ORIGIN if origin.get(name) is not None},
-        history=state.get("log_history", []) if history is None else history,
-        state=state,
-        summary=summary,
-        examples=_read(run_dir / "examples.json") or [],
-        evaluated=evaluated,
-    )
+    finished, going_on = _read(run_dir / "log_history.json") or [], state.get("log_history", [])
+    try:
+        if made is not None:
+            settings = made["settings"]
+        elif summary is not None:
+            settings = summary["config"]
+        else:  # what the state says of steps and epochs is what they came to, and no setting
+            settings = (_read(checkpoint / "drorl.json") or {}).get("settings", {})
+        return Run(
+            directory=run_dir,
+            settings=settings,
+            origin=_origin(summary or {}, made or {}),
+            history=max(finished, going_on, key=last_step),
+            state=state,
+            summary=summary,
+            summary_step=last_step(finished),
+            examples=_read(run_dir / "examples.json") or [],
+            evaluated=evaluated,
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InvalidInputError(f"{run_dir} has files of these names that no run wrote: {error!r}") from error
+
+
+def last_step(history: Sequence[Mapping[str, Any]]) -> int:
+    """Returns the last step that a log tells of, 0 if it is empty."""
+    return max((entry["step"] for entry in history), default=0)
+
+
+def _origin(summary: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `run.json` says of where a run comes from, and what the summary adds: the data type found."""
+    found = {**summary, **made, "machine": {**summary.get("machine", {}), **made.get("machine", {})}}
+    if isinstance(found.get("command"), list):
+        found["command"] = " ".join(found["command"])
+    return {name: found[name] for name in _ORIGIN if found.get(name)}
 
 
 def _read(path: Path) -> Any:
@@ -185,7 +204,9 @@ def _newest_state(run_dir: Path) -> tuple[Path, dict[str, Any]]:
 def _evaluated(path: Path) -> Evaluated:
     kept = _read(path)
     try:
-        return Evaluated(kept["key"], [Record(**record) for record in kept["records"]])
+        if kept["records"]:
+            return Evaluated(kept["key"], [Record(**record) for record in kept["records"]])
+        raise KeyError("records")
     except (KeyError, TypeError) as error:
         raise InvalidInputError(f"{path} has no records of an evaluation: {error}") from error
 
@@ -242,7 +263,7 @@ def incomparable(a: Run, b: Run, system: str = TRAINED) -> dict[str, str]:
     samples = [(run.settings.get("num_generations"), run.settings.get("num_selected")) for run in (a, b)]
     if samples[0] != samples[1] and any(chosen != 1 for _, chosen in samples):  # with one choice all are enumerated
         found["iw_elbo"] = "from another number of samples"
-    if first["answer_target"] != second["answer_target"]:
+    if first.get("answer_target") != second.get("answer_target"):
         found |= dict.fromkeys(("answer_logp", "iw_elbo"), "answer_target is another")
     return found
 

@@ -255,12 +255,15 @@ class TwoRoleTrainer(AtomicCheckpoints):
         """Hands the samples of all processes to TRL, which prints them and keeps them in a file and in trackers."""
         # TRL makes it before the first step, and an earlier run's directory may have been set aside since.
         (Path(self.args.output_dir) / "completions").mkdir(parents=True, exist_ok=True)
-        for sample in gather_object(self.samples):
-            self._logs["prompt"].extend([sample.query] * len(sample.texts))
-            self._logs["completion"].extend(sample.texts)
-            self._logs["advantages"].extend(sample.advantages.tolist())
-            for name in ("selector_logps", "generator_logps", "importance_weights"):
-                self._logs["rewards"][name].extend(getattr(sample, name).tolist())
+        samples = gather_object(self.samples)
+        # In place of TRL's, which hold as many as it generates at a time, of whichever steps.
+        self._logs["prompt"] = [sample.query for sample in samples for _ in sample.texts]
+        self._logs["completion"] = [text for sample in samples for text in sample.texts]
+        self._logs["advantages"] = [value for sample in samples for value in sample.advantages.tolist()]
+        self._logs["rewards"] = {
+            name: [value for sample in samples for value in getattr(sample, name).tolist()]
+            for name in ("selector_logps", "generator_logps", "importance_weights")
+        }
 
     def _log_means(self, outputs: Sequence[tuple[LossOutput, int]], described: Mapping[str, float]) -> None:
         """Logs each metric's mean over all that it was counted on in a step: in every batch, accumulated or not, of

@@ -14,12 +14,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from test_trainer import sequence_logp
 from transformers import TrainerCallback
 
 from drorl.adapters import GENERATOR, activate
-from drorl.callbacks import RichProgressCallback
+from drorl.callbacks import RichProgressCallback, TrainingProgress
 from drorl.terminal import sparkline, training_view
 from drorl.trainer import DROTrainer
 
@@ -81,6 +81,20 @@ def test_log_completions_prints_and_keeps_the_samples_of_each_step(
     printed = capsys.readouterr().out
     assert [int(step) for step in re.findall(r"Step (\d)", printed)] == [1, 2]
     assert len(re.findall(r"\[\d\] >", printed)) == 2 * 3
+
+
+@pytest.mark.parametrize("generated, accumulated, samples", [(1, 4, 32), (2, 1, 8)])
+def test_the_table_of_a_step_is_of_that_step(
+    make_trainer: Make, tmp_path: Path, generated: int, accumulated: int, samples: int
+) -> None:
+    """However many micro-batches are drawn at a time; TRL keeps as many samples as that, of whatever step."""
+    steps = {"steps_per_generation": generated, "gradient_accumulation_steps": accumulated}
+    trainer = make_trainer(max_steps=3, log_completions=True, num_completions_to_print=0, **steps)
+    trainer.train()
+    tables = [pd.read_parquet(path) for path in sorted((tmp_path / "run/completions").iterdir())]
+    assert [len(table) for table in tables] == 3 * [samples]
+    for table, entry in zip(tables, trainer.state.log_history, strict=False):
+        assert table["generator_logps"].mean() == pytest.approx(entry["generator/logps"], rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- live view
@@ -158,6 +172,14 @@ def test_the_view_follows_the_size_of_the_terminal() -> None:
         lines = console.render_lines(training_view(history, None, width, 24), pad=False)
         drawn = max("".join(segment.text for segment in line) for line in lines)
         assert len(re.findall("[▁-█]", drawn)) == width - 40
+
+
+def test_the_view_may_go_while_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that draws has seen that there is one, and training ends before it is laid out."""
+    progress = TrainingProgress(console=Console(force_terminal=True, width=80, height=24, file=io.StringIO()))
+    progress.view, size = lambda width, height: "a view", ConsoleDimensions(80, 24)
+    monkeypatch.setattr(Console, "size", property(lambda _: setattr(progress, "view", None) or size))
+    assert len(list(progress.get_renderables())) == 2
 
 
 def test_log_lines_stand_above_the_view(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:

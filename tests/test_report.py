@@ -17,7 +17,7 @@ from rich.console import Console
 from drorl.curves import curves, style
 from drorl.errors import InvalidInputError
 from drorl.report import METRICS, Metric, ahead_of_dro, headline, summary_table, verdict, write_report
-from drorl.runs import names_of
+from drorl.runs import different_settings, names_of, read_run
 
 
 def system(label, exact_match, f1, recall, iw_elbo, answer_logp=-6.0):
@@ -377,6 +377,42 @@ def test_a_run_that_saved_nothing_yet_has_a_page(tmp_path):
     assert "(no checkpoint yet)" in text and "There is no log" in text and "seed 7" in text
 
 
+def test_a_run_that_has_gone_on_since_it_was_evaluated_says_so(tmp_path, summary, history, examples):
+    """A finished run was resumed, and is not evaluated yet: its curves go on, and the page says what is older."""
+    finished = [entry for entry in history if entry["step"] <= 20]
+    write_run(tmp_path, summary=summary, log_history=finished, examples=examples, run={"settings": {"max_steps": 40}})
+    write_checkpoint(tmp_path, state_of(history, 20))
+    assert "gone on" not in write_report(tmp_path).read_text()
+    write_checkpoint(tmp_path, state_of(history, 30))
+    page = write_report(tmp_path).read_text()
+    told = [value for tag, name, value in Attributes(page).found if (tag, name) == ("img", "alt")]
+    assert told and any("at step 30" in words for words in told)
+    assert "it was evaluated after step 20, as below, and the last checkpoint is of step 30." in text_of(page)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"summary": {}},
+        {"run": []},
+        {"run": {}},
+        {"run": {"settings": {}}, "log_history": [{"loss": 1.0}]},
+        {"run": {"settings": {}}, "log_history": [1]},
+        {"run": {"settings": {}, "machine": 7}},
+    ],
+)
+def test_files_of_other_programs_are_one_line(tmp_path, files):
+    write_run(tmp_path, **files)
+    with pytest.raises(InvalidInputError, match=f"^{tmp_path}.* no run wrote: "):
+        write_report(tmp_path)
+
+
+def test_records_of_no_question_are_named(tmp_path):
+    write_records(tmp_path, [])
+    with pytest.raises(InvalidInputError, match="dro.json has no records"):
+        write_report(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------- comparisons
 @pytest.fixture
 def pair(tmp_path, summary, history, examples):
@@ -405,6 +441,14 @@ def test_two_runs_are_compared_question_by_question(pair):
     assert "exact match points +0.0 [+0.0, +0.0] not shown" in text
     swapped = text_of(compared(pair[::-1]))
     assert "a against b &lt;i&gt;: worsened F1" in swapped and "F1 points −9.7 [−10.0, −9.0] worsened" in swapped
+
+
+def test_the_data_type_that_was_found_is_compared(pair, summary):
+    """Only the summary knows what `dtype: auto` has come to; run.json has the rest of the machine."""
+    for run_dir, dtype in zip(pair, ("bfloat16", "float32"), strict=True):
+        write_run(run_dir, summary={**summary, "machine": {"cpu": "x", "dtype": dtype}})
+        write_run(run_dir, run={"settings": {"dtype": "auto"}, "machine": {"cpu": "x", "threads": 2}})
+    assert different_settings([read_run(run_dir) for run_dir in pair]) == {"machine.dtype": ["bfloat16", "float32"]}
 
 
 def test_other_questions_give_no_paired_difference(pair, summary):
