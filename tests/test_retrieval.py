@@ -5,6 +5,7 @@ import math
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -282,8 +283,12 @@ def test_two_processes_that_index(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while not (tmp_path / "both" / "i" / "shards").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    second = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
-    assert first.wait() == 0 and "another process is making" in second.stderr
+    first.send_signal(signal.SIGSTOP)  # until the other one has come
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as second:
+        assert second.stderr is not None
+        waits = any("another process is making" in line for line in second.stderr)
+        first.send_signal(signal.SIGCONT)
+        assert waits and first.wait() == second.wait() == 0
     subprocess.run([*command[:-2], "0", "alone"], check=True)
     assert folders(tmp_path / "both") == folders(tmp_path / "alone")
 
