@@ -100,6 +100,8 @@ def test_every_block_is_run_or_parsed() -> None:
     [row_page] = {block.page for block in BLOCKS if block.language == "json"}
     assert row_page == "docs/data.md"  # `write_own_files` compares them with what the commands read
     assert {block.language for block in BLOCKS} == {"sh", "python", "json", *NO_CODE}
+    pages = [block.page for block in BLOCKS if block.language == "python"]  # each has a test below
+    assert pages == ["README.md", "CONTRIBUTING.md", "docs/health.md", "docs/sharing.md"]
     assert len(RUN) + len(PARSED) == len(SHELL)
     for start in NOT_RUN:
         assert any(line.startswith(start) for block in SHELL for line in block.text.splitlines()), start
@@ -236,19 +238,23 @@ def test_the_ten_lines_run(
         assert (tmp_path / "outputs/mine" / role / "adapter_model.safetensors").exists()
 
 
-def test_a_pair_is_loaded_as_the_page_says(
+def test_a_pair_is_loaded_and_a_view_added_as_the_pages_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Any, tokenizer: Any, rows: Any
 ) -> None:
-    """docs/sharing.md; a folder of that name stands for the hub, which tests/test_hub.py has."""
+    """docs/sharing.md and docs/health.md; a folder stands for the hub, which tests/test_hub.py has."""
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     args = DROConfig("run", num_candidates=8, num_selected=2, num_generations=4, use_cpu=True, report_to="none")
-    DROTrainer("model", args, rows(4)).save_model("me/nq_demo")
+    trainer = DROTrainer("model", args, rows(4))
+    trainer.save_model("me/nq_demo")
     [code] = of_page("docs/sharing.md", "python")
-    loaded: dict[str, Any] = {}
-    exec(code, loaded)
-    assert isinstance(loaded["pipeline"], RAGPipeline)
+    names: dict[str, Any] = {"trainer": trainer}
+    exec(code, names)
+    assert isinstance(names["pipeline"], RAGPipeline)
+    [code] = of_page("docs/health.md", "python")
+    exec(code, names)
+    assert trainer.callback_handler.callbacks[-1].trainer is trainer
 
 
 def test_the_estimator_of_the_guide_is_reinforce() -> None:
