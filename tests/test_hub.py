@@ -14,12 +14,13 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from processes import run_worker, starter, task, worker
 from runs import config, recipe_flags
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drorl.adapters import ROLES, activate
+from drorl.adapters import GENERATOR, ROLES, activate
+from drorl.config import DROConfig
 from drorl.models import SMOLLM2_BUILD, portable_name
 from drorl.pipeline import RAGPipeline
 from drorl.trainer import DROTrainer
@@ -97,6 +98,53 @@ def test_a_card_without_results_says_nothing_of_them(make_trainer: Make, tmp_pat
     told = yaml.safe_load(block)
     assert told.items() >= {"num_candidates": 6, "num_selected": 2, "selector_objective": "grpo", "seed": 42}.items()
     assert "weight_temperature" not in told  # as it is by default
+
+
+def test_the_settings_of_the_card_are_the_runs(make_trainer: Make, tmp_path: Path) -> None:
+    """A configuration made of what the card tells is the run's, but for where it writes, logs and saves."""
+    trl = {"beta": 0.04, "num_iterations": 2, "epsilon": 0.3, "steps_per_generation": 2}
+    optimizer = {"max_grad_norm": 0.1, "warmup_steps": 5, "lr_scheduler_type": "cosine"}
+    trainer = make_trainer(selector_objective="ppo", selector_temperature=2.0, **trl, **optimizer)
+    trainer.args.hub_token = hub.TOKEN
+    trainer.save_model()
+    card = (tmp_path / "run" / "README.md").read_text()
+    [block] = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
+    told = yaml.safe_load(block)
+    again, trained = (args.to_dict() for args in (DROConfig("again", use_cpu=True, **told), trainer.args))
+    differ = {name for name in trained if again[name] != trained[name]}
+    assert differ == {"output_dir", "logging_steps", "save_strategy", "disable_tqdm"}
+    assert not told.keys() & {"temperature", "hub_token", "weight_temperature"}  # the same, a secret, as by default
+
+
+def test_the_card_describes_each_adapter(
+    make_trainer: Make, tiny_model: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    """A generator of its own has its own base, rank, alpha and data type."""
+    other = LoraConfig(r=4, lora_alpha=99, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    generator = get_peft_model(tiny_model(torch.bfloat16, seed=1), other, adapter_name=GENERATOR)
+    trainer = make_trainer(generator_model=generator)
+    for role in ROLES:
+        trainer.pipeline.owner(role).get_base_model().name_or_path = f"someone/{role}"
+    trainer.save_model()
+    text = (tmp_path / "run" / "README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    link = "[someone/{0}](https://huggingface.co/someone/{0})"
+    assert rows == [
+        ["`selector`", "LORA, rank 2, alpha 4", link.format("selector"), "float32"],
+        ["`generator`", "LORA, rank 4, alpha 99", link.format("generator"), "bfloat16"],
+    ]
+
+
+@pytest.mark.parametrize("place", ["/home/me/secret/base", "./secret/base", "~/secret/base"])
+def test_a_place_that_is_gone_is_not_published(place: str, make_trainer: Make, tmp_path: Path) -> None:
+    """A base, or data, in a folder that does not exist any more is no name on the hub; its path is not told."""
+    trainer = make_trainer()
+    trainer.model.get_base_model().name_or_path = place
+    trainer.create_model_card(dataset_name=place)
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "secret" not in card.content
+    assert card.data.base_model is None and card.data.datasets is None
+    assert "`base`, which is not on the hub" in card.text and "Data: base." in card.text
 
 
 @pytest.mark.parametrize("identifiers", ["number", "query"])
