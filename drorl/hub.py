@@ -98,9 +98,8 @@ class SharedOnHub(GRPOTrainer):
         results = [name for name in RESULTS if (Path(self.args.output_dir) / name).is_file()]
         beside = [CARD, *(results if kwargs.get("summary") else [])]  # they may be an earlier run's
         folder = self._set_aside({name: Path(self.args.output_dir) / name for name in beside})
-        self._finish_current_push()
-        what = folder, commit_message, token, revision
-        return self._upload(*what) if blocking else run_as_future(self._upload, *what)
+        pushed = run_as_future(self._upload, folder, commit_message, token, revision)  # after any checkpoint's
+        return pushed.result() if blocking else pushed
 
     def _set_aside(self, beside: Mapping[str, Path]) -> TemporaryDirectory:
         """Returns a folder of the pair as it is now, and of copies of what is to be beside it, by name."""
@@ -145,4 +144,4 @@ class SharedOnHub(GRPOTrainer):
             folder = self._set_aside(beside)
             upload = going_on(checkpoint)(self._upload)
             pushed = run_as_future(upload, folder, f"Training in progress, step {self.state.global_step}")
-            self.push_in_progress = PushInProgress([pushed])  # uploads are made one after the other: this is the last
+            self.push_in_progress = PushInProgress([pushed])  # uploads are made one after the other: it ends last
