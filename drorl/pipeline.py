@@ -301,6 +301,11 @@ class RAGPipeline:
         return [text.strip() for text in texts]
 
 
+def one_line(error: Exception) -> str:
+    """Returns an error's type and the first line of its text, if it has any."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+
+
 def run_folder(run: str | Path) -> Path:
     """Returns where the files of a run lie: its directory, or the hub's cache.
 
@@ -312,9 +317,8 @@ def run_folder(run: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(run), allow_patterns=LOADED, ignore_patterns=CHECKPOINTS))
     except (HFValidationError, HTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"{run} is not a drorl run: it has no {SETTINGS_FILE}, and on the hub: {reason}"
+            f"{run} is not a drorl run: it has no {SETTINGS_FILE}, and on the hub: {one_line(error)}"
         ) from error
 
 

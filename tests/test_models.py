@@ -286,6 +286,16 @@ def test_only_the_alias_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert models.resolve_model(name) == name
 
 
+def test_only_the_folder_of_the_cache_is_the_embedded_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name stands for that folder, however it is written; a model of the same name elsewhere is another one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DRORL_CACHE", str(tmp_path / "cache"))
+    for name in (tmp_path / "cache" / "models" / models.SMOLLM2_BUILD, f"cache/models/{models.SMOLLM2_BUILD}"):
+        assert models.portable_name(str(name)) == models.SMOLLM2_BUILD
+    for name in (f"./mine/{models.SMOLLM2_BUILD}", f"/home/me/models/{models.SMOLLM2_BUILD}", "someone/base"):
+        assert models.portable_name(name) == name
+
+
 @pytest.mark.slow
 @pytest.mark.network
 def test_the_embedded_model_answers() -> None:
