@@ -22,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from .errors import InvalidInputError
 
-_WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+_WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 _gathered: WeakSet[nn.Module] = WeakSet()
 _sharded: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Models that are cut up, and whether each layer is given back after its forward pass."""

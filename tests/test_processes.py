@@ -37,11 +37,8 @@ ROLES = (SELECTOR, GENERATOR)
 # All first choices, so nothing is random: however many processes there are, they train on the same permutations.
 EXACT: dict[str, dict[str, Any]] = {
     "shared base": {},
-    "separate bases, checkpointing, clipped": {
-        "separate": True,
-        "gradient_checkpointing": True,
-        "max_grad_norm": 0.1,
-    },
+    "checkpointing, clipped": {"gradient_checkpointing": True, "max_grad_norm": 0.1},
+    "separate bases": {"separate": True, "gradient_checkpointing": True, "max_grad_norm": 0.1},
     "accumulation, a baseline and sft": {
         "baseline": "leave_one_out",
         "generator_objective": "sft",
