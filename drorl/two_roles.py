@@ -164,7 +164,14 @@ class TwoRoleTrainer(AtomicCheckpoints):
     def _prepare_zero(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, DataLoader]:
-        """As in `transformers.Trainer`; DeepSpeed's engine is for checkpoints and steps, and the bare model runs."""
+        """As in `transformers.Trainer`; DeepSpeed's engine is for checkpoints and steps, and the bare model runs.
+
+        Raises:
+            InvalidInputError: the second time, since an engine cannot be made of what has one.
+        """
+        if isinstance(self.optimizer, HandedOver):
+            raise InvalidInputError("under DeepSpeed a trainer trains once: make another one")
+        self.pipeline.role(SELECTOR)  # both adapters have a gradient then, and DeepSpeed leaves out what has none
         if resume_from_checkpoint is not None:  # the Trainer would leave it to DeepSpeed, which knows no reference
             self._load_from_checkpoint(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)

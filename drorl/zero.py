@@ -1,9 +1,9 @@
-"""DeepSpeed's ZeRO-2: each process holds the optimizer's moments of a part of the adapters; the rest is as under DDP.
+"""DeepSpeed's ZeRO-2: each process holds a part of the optimizer's moments; the rest is as under DDP.
 
-DeepSpeed averages gradients over processes while a backward pass makes them, in the order in which they come. A step of
-DRO is several passes of which each reaches one adapter, and processes may make different ones: DeepSpeed would mix
-parameters up, or wait for ever (docs/distributed.md). So gradients are added up apart from it, averaged and clipped as
-under DDP, and given to it when a step is made, each parameter once and in one order.
+DeepSpeed averages gradients over processes while a backward pass makes them, in the order in which they come. A step
+of DRO is several passes of which each reaches one adapter, and processes may make different ones: parameters would be
+mixed up without a word (docs/distributed.md). So gradients are added up apart from DeepSpeed, averaged and clipped as
+under DDP, and given to it when the step is made, each parameter once and in one order.
 """
 
 from typing import Any
