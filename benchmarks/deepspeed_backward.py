@@ -8,12 +8,14 @@ Prints, for ZeRO-2 and ZeRO-3, how much the weights of two processes differ from
 
 import copy
 import os
+import signal
 import subprocess
 import sys
 
 import torch
 from torch import nn
 
+SECONDS = 150
 STEPS: dict[str, tuple[str, str]] = {
     "one backward pass of the summed losses": ("a+b", "a+b"),
     "two backward passes, one for each adapter": ("a, b", "a, b"),
@@ -113,12 +115,20 @@ def difference(stage: int, steps: tuple[str, str]) -> float:
 def measured(stage: int, name: str) -> str:
     """What two processes of this script say, which may fail or wait for each other."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(stage), name]
+    run = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        found = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=150, check=False)
+        output, _ = run.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return "waits for ever (150 s)"
-    lines = [line for line in found.stdout.splitlines() if line.startswith("differs by ")]
-    return lines[0].removeprefix("differs by ") if lines and not found.returncode else "fails"
+        os.killpg(run.pid, signal.SIGKILL)  # the processes that wait, too
+        return f"waits ({SECONDS} s)"
+    lines = [line for line in output.splitlines() if line.startswith("differs by ")]
+    return lines[0].removeprefix("differs by ") if lines and run.returncode == 0 else "fails"
 
 
 if __name__ == "__main__":

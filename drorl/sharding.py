@@ -29,7 +29,7 @@ _sharded: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def wants_sharding(accelerator: Accelerator) -> bool:
-    """Returns whether `accelerate launch` was told to use FSDP2, and checks that it was told nothing else.
+    """Returns whether `accelerate launch` was told to use FSDP2, and checks that nothing else divides a base.
 
     Raises:
         InvalidInputError: if it was, saying what to change.

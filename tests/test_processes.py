@@ -180,6 +180,13 @@ def assert_sharded(trainer: DROTrainer) -> None:
         assert not any(isinstance(p, DTensor) for name, p in model.named_parameters() if "lora_" in name)
 
 
+def assert_optimizer_cut(trainer: DROTrainer) -> None:
+    """Half of what is trained is stepped here, to a few rows."""
+    here = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+    whole = sum(p.numel() for parameters in trainer._parameter_groups().values() for p in parameters)
+    assert here == pytest.approx(whole / 2, rel=0.01)
+
+
 @worker
 @pytest.mark.parametrize("case", CASES)
 def test_worker(
@@ -223,6 +230,8 @@ def test_worker(
     )
     if trainer.is_sharded:
         assert_sharded(trainer)
+    if trainer.is_deepspeed_enabled:
+        assert_optimizer_cut(trainer)
     metrics = trainer.evaluate()
     assert len(trainer.last_records) == 3
     if trainer.accelerator.is_main_process:
