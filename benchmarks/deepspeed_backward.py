@@ -8,7 +8,6 @@ Prints, for ZeRO-2 and ZeRO-3, how much the weights of two processes differ from
 
 import copy
 import os
-import signal
 import subprocess
 import sys
 
@@ -120,12 +119,12 @@ def measured(stage: int, name: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        start_new_session=True,
     )
     try:
         output, _ = run.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)  # the processes that wait, too
+        run.terminate()  # and with it the processes that it has started
+        run.wait()
         return f"waits ({SECONDS} s)"
     lines = [line for line in output.splitlines() if line.startswith("differs by ")]
     return lines[0].removeprefix("differs by ") if lines and run.returncode == 0 else "fails"
