@@ -22,14 +22,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from .errors import InvalidInputError
 
-_WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+_WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 _gathered: WeakSet[nn.Module] = WeakSet()
 _sharded: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Models that are cut up, and whether each layer is given back after its forward pass."""
 
 
 def wants_sharding(accelerator: Accelerator) -> bool:
-    """Returns whether `accelerate launch` was told to use FSDP2, and checks that it was told nothing else.
+    """Returns whether `accelerate launch` was told to use FSDP2, and checks that nothing else divides a base.
 
     Raises:
         InvalidInputError: if it was, saying what to change.

@@ -24,6 +24,7 @@ from .adapters import GENERATOR, SELECTOR
 from .checkpoints import AtomicCheckpoints
 from .engines.base import EngineError
 from .engines.sampler import EngineSampler
+from .errors import InvalidInputError
 from .evaluation import evaluate_rows
 from .health import HealthCallback, probe_interval, reads_context
 from .inspection import Weighed, weighed
@@ -33,6 +34,7 @@ from .ppo import moments_of
 from .records import Record, aggregate
 from .rollouts import Question, Rollout, batches
 from .sharding import most, shard, wants_sharding
+from .zero import HandedOver, check_zero
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -90,6 +92,8 @@ class TwoRoleTrainer(AtomicCheckpoints):
         """
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = wants_sharding(self.accelerator)
+        if self.is_deepspeed_enabled:
+            check_zero(self.accelerator, self.args)
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -113,7 +117,15 @@ class TwoRoleTrainer(AtomicCheckpoints):
         return output
 
     def _prepared(self, generator_model: PeftModel) -> PeftModel:
-        """Does for a separate generator what TRL and the Trainer do for `model` only."""
+        """Does for a separate generator what TRL and the Trainer do for `model` only.
+
+        Raises:
+            InvalidInputError: under DeepSpeed, which has one model.
+        """
+        if self.is_deepspeed_enabled:
+            raise InvalidInputError(
+                "drorl does not run under DeepSpeed with a separate generator_model: use recipes/accelerate/ddp.yaml"
+            )
         if self.args.disable_dropout:
             disable_dropout_in_model(generator_model)
         if self.args.gradient_checkpointing:
@@ -134,6 +146,8 @@ class TwoRoleTrainer(AtomicCheckpoints):
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, DataLoader]:
         """As in `transformers.Trainer`; a model that is cut up is ready, and accelerate would want the optimizer's."""
+        if self.is_deepspeed_enabled:
+            return self._prepare_zero(max_steps, train_dataloader, resume_from_checkpoint)
         if not self.is_sharded:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._created_lr_scheduler:  # by an earlier call
@@ -146,6 +160,25 @@ class TwoRoleTrainer(AtomicCheckpoints):
         handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
         handler.train_dataloader = train_dataloader
         return self.model, train_dataloader
+
+    def _prepare_zero(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        """As in `transformers.Trainer`; DeepSpeed's engine is for checkpoints and steps, and the bare model runs.
+
+        Raises:
+            InvalidInputError: the second time, since an engine cannot be made of what has one.
+        """
+        if isinstance(self.optimizer, HandedOver):
+            raise InvalidInputError("under DeepSpeed a trainer trains once: make another one")
+        self.pipeline.role(SELECTOR)  # both adapters have a gradient then, and DeepSpeed leaves out what has none
+        if resume_from_checkpoint is not None:  # the Trainer would leave it to DeepSpeed, which knows no reference
+            self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        trained = [*chain.from_iterable(self._parameter_groups().values())]
+        self.optimizer = HandedOver(self.optimizer, self.deepspeed, trained)
+        self.accelerator.deepspeed_engine_wrapped = self.callback_handler.optimizer = self.optimizer
+        return prepared
 
     def _in_step(self, rollouts: list[Rollout]) -> list[tuple[list[Rollout], float]]:
         """Returns batches of rollouts, and each one's share of the queries.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 _TASK = "DRORL_TEST_TASK"
 worker = pytest.mark.skipif(_TASK not in os.environ, reason="runs inside the processes that another test starts")
 starter = pytest.mark.skipif(_TASK in os.environ, reason="this is a worker")
+deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
 def task() -> dict[str, Any]:
@@ -25,7 +27,8 @@ def task() -> dict[str, Any]:
 def run_worker(test: str, marker: str, python: Sequence[str], /, **given: Any) -> None:
     """Runs a worker, `file::name`, by a Python that is started so, on CPUs and one thread."""
     command = [*python, "-m", "pytest", "-m", marker, "-q", "-p", "no:cacheprovider", test]
-    environment = os.environ | {_TASK: json.dumps(given), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    on_cpus = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | on_cpus | {_TASK: json.dumps(given)}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-3000:]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import launched
+from processes import deepspeed, launched
 from runs import recipe_flags
 from trl import TrlParser
 from typer.testing import CliRunner
@@ -134,13 +134,13 @@ def test_the_recipe_runs_and_resumes(recipe, flags, rows, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero2", marks=deepspeed)])
 def test_the_recipe_is_launched_in_two_processes(engine, flags, tmp_path):
     """`accelerate launch` with a shipped configuration: warm-up, DRO, evaluations; one process loads the run."""
     demo = yaml.safe_load((RECIPES / "configs" / "nq_demo.yaml").read_text())
     half = ["--per_device_train_batch_size", demo["per_device_train_batch_size"] // 2, "--warmup_queries", 4]
     command = [*launched(engine, 2), RECIPES / "nq.py", *flags, *half, "--use_cpu", "true"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
