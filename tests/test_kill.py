@@ -126,10 +126,11 @@ def assert_same_end(run_dir: Path, expected_dir: Path) -> None:
 
 def test_twenty_kills_leave_no_trace(recipe: Callable[..., list[str]], tmp_path: Path) -> None:
     """At random moments of random steps, some of them while saving; gone on from `last` each time, to the same end."""
-    straight = start("never", 0, recipe(tmp_path / "straight"))
+    expected = tmp_path / "straight" / "run"  # a model card has its directory's name
+    straight = start("never", 0, recipe(expected))
     output, _ = straight.communicate(timeout=600)
     assert straight.returncode == 0, output[-5000:]
-    run, rng = tmp_path / "run", random.Random(8)
+    run, rng = tmp_path / "killed" / "run", random.Random(8)
     moments = [*MOMENTS, *MOMENTS]
     rng.shuffle(moments)
     assert len(moments) == KILLS
@@ -146,5 +147,5 @@ def test_twenty_kills_leave_no_trace(recipe: Callable[..., list[str]], tmp_path:
     output, _ = last.communicate(timeout=600)
     assert last.returncode == 0, output[-5000:]
     assert len({done for _, _, done, _ in killed}) > KILLS / 4, f"it got on in between: {killed}"
-    assert_same_end(run, tmp_path / "straight")
+    assert_same_end(run, expected)
     assert all(problem_of(path) is None for path in run.glob("checkpoint-*"))
