@@ -363,6 +363,7 @@ def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
         "lines.zst": (zstandard.compress(b'{"question": "who?", "answer": "Bo"}\n' * 5000)[:-4], "cut off"),
         "array.json": (b'[{"question": "who?", "answer": "Bo"}, {"question', "no JSON after record 1"),
         "unknown.jsonl": (b'{"prompt": "who?", "gold": "Bo"}', r"\['gold', 'prompt'\] is of no format"),
+        "long.jsonl": (b'{"' + b"[" * 3000 + b'": 1}', r"record with \['\[{798} is of no format"),
         "three.tsv": (b"a\tb\tc\n", "not two columns"),
     }
     for name, (data, message) in cases.items():

@@ -175,7 +175,7 @@ def format_of(record: object, formats: Mapping[str, Format], path: Path) -> str:
     for name, known in formats.items():
         if known.fits(record) or (isinstance(record, list) and not known.fields):
             return name
-    seen = sorted(record) if isinstance(record, dict) else repr(record)[:80]
+    seen = str(sorted(record))[:800] if isinstance(record, dict) else repr(record)[:80]
     known = "; ".join(f"{name} ({' '.join(sorted(f.fields)) or 'a table'})" for name, f in formats.items())
     raise InvalidInputError(f"{path}: a record with {seen} is of no format that is known. They are: {known}")
 
