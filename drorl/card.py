@@ -21,7 +21,7 @@ from .adapters import GENERATOR, ROLES, SELECTOR
 from .config import DROConfig
 from .models import SMOLLM2_BUILD, SMOLLM2_WHEEL
 from .pipeline import RAGPipeline
-from .report import METRICS, ahead_of_dro, known
+from .report import COLUMNS, ahead_of_dro, known
 from .settings import QUERY_LIKELIHOODS
 
 PAPER = {
@@ -192,7 +192,7 @@ def _results(summary: Mapping[str, Any], dataset: str) -> list[EvalResult]:
             metric_value=measured[metric.key],
             metric_args={"ci95": list(measured["ci95"][metric.key]), "questions": summary["n_eval"]},
         )
-        for metric in METRICS
+        for metric in COLUMNS
         if measured.get(metric.key) is not None
     ]
 

@@ -32,17 +32,6 @@ FIXED = {
     "vllm_structured_outputs_regex": None,
     "vllm_model_impl": "vllm",
 }
-SHAPING = (
-    *(setting.name for setting in fields(DROSettings)),
-    "num_generations",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_steps",
-    "num_train_epochs",
-    "lr_scheduler_type",
-    "seed",
-)
-"""The settings that shape a run: drorl's own, and some of TRL's and transformers'."""
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

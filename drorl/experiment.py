@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .adapters import ROLES
-from .config import SHAPING, DROConfig
+from .config import DROConfig
 from .data.rows import validate_rows
 from .errors import OutputError
 from .evaluation import evaluate_rows, score_permutations
@@ -26,11 +26,23 @@ from .metrics import contains_answer
 from .pipeline import RAGPipeline
 from .provenance import PACKAGES, command, commit, machine
 from .records import METRICS, Record, describe, difference
+from .settings import DROSettings
 from .weights import importance_weights, log_importance_weights
 
 logger = logging.getLogger(__name__)
 
 MIN_QUESTIONS = 150
+SHAPING = (
+    *(setting.name for setting in dataclasses.fields(DROSettings)),
+    "num_generations",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "lr_scheduler_type",
+    "seed",
+)
+"""The settings that shape a run: drorl's own, and some of TRL's and transformers'."""
 
 
 class Experiment:

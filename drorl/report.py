@@ -52,7 +52,7 @@ class Metric:
         return -math.inf if value is None or math.isnan(value) else value
 
 
-METRICS = (
+COLUMNS = (
     Metric("exact_match", "exact match", "%", "the answer equals a gold answer after normalisation"),
     Metric("f1", "F1", "%", "overlap of the answer's words with the closest gold answer's"),
     Metric("recall@1", "recall@1", "%", "the first chosen passage contains a gold answer"),
@@ -64,12 +64,12 @@ METRICS = (
 
 def known(values: Mapping[str, Any]) -> list[Metric]:
     """Returns the metrics that a system, or a difference of two, has: not every data set marks gold passages."""
-    return [metric for metric in METRICS if values.get(metric.key) is not None]
+    return [metric for metric in COLUMNS if values.get(metric.key) is not None]
 
 
 def leaders(systems: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Returns for each metric the system with the highest value, the first of several."""
-    return {metric.key: max(systems.values(), key=metric.rank) for metric in METRICS}
+    return {metric.key: max(systems.values(), key=metric.rank) for metric in COLUMNS}
 
 
 def verdict(delta: Mapping[str, Any]) -> str:
@@ -98,7 +98,7 @@ def ahead_of_dro(systems: Mapping[str, Any]) -> str:
     ahead = [
         f"{metric.label} ({leader['label']}: {metric.format(leader[metric.key])} against "
         f"{metric.format(dro.get(metric.key))} {metric.unit})"
-        for metric in METRICS
+        for metric in COLUMNS
         if metric.rank(leader := leading[metric.key]) > metric.rank(dro)
     ]
     return f"DRO does not have the highest value of the table in {'; '.join(ahead)}." if ahead else ""
@@ -184,7 +184,7 @@ def _report(run: Run) -> dict[str, Any]:
 
 
 def _of_any(systems: Mapping[str, Any]) -> list[Metric]:
-    return [metric for metric in METRICS if any(row.get(metric.key) is not None for row in systems.values())]
+    return [metric for metric in COLUMNS if any(row.get(metric.key) is not None for row in systems.values())]
 
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:

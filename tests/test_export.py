@@ -102,6 +102,9 @@ def test_what_is_no_run_is_not_exported(tmp_path: Path) -> None:
     """The error is the one of every command that loads a run, and nothing is written."""
     done = CliRunner().invoke(app, ["export", str(tmp_path), "--output", str(tmp_path / "merged")])
     assert "is not a drorl run" in str(done.exception)
+    gone = str(tmp_path / "gone")  # a path, which is no name on the hub
+    done = CliRunner().invoke(app, ["export", gone, "--output", str(tmp_path / "merged")])
+    assert str(done.exception) == f"{gone} is not a drorl run: it is not there"
     assert not (tmp_path / "merged").exists()
 
 

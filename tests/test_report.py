@@ -16,7 +16,7 @@ from rich.console import Console
 
 from drorl.curves import curves, style
 from drorl.errors import InvalidInputError
-from drorl.report import METRICS, Metric, ahead_of_dro, headline, summary_table, verdict, write_report
+from drorl.report import COLUMNS, Metric, ahead_of_dro, headline, summary_table, verdict, write_report
 from drorl.runs import different_settings, names_of, read_run
 
 
@@ -185,7 +185,7 @@ def test_text_of_data_and_models_is_escaped(page):
 def test_every_metric_of_every_system_is_shown_with_its_interval(page, summary):
     text = text_of(page)
     cells = 0
-    known = [metric for metric in METRICS if metric.key in summary["delta"]]
+    known = [metric for metric in COLUMNS if metric.key in summary["delta"]]
     for row in summary["systems"].values():
         for metric in known:
             if row[metric.key] is not None:
@@ -218,7 +218,7 @@ def test_every_metric_in_which_another_system_is_ahead_is_named(summary):
 
 
 def deltas(**ends):
-    known = {metric.key: {"mean": 0.0, "ci95": [-1.0, 1.0]} for metric in METRICS if metric.key != "all_gold@2"}
+    known = {metric.key: {"mean": 0.0, "ci95": [-1.0, 1.0]} for metric in COLUMNS if metric.key != "all_gold@2"}
     return known | {key: {"mean": sum(pair) / 2, "ci95": pair} for key, pair in ends.items()}
 
 
