@@ -317,7 +317,7 @@ def run_folder(run: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(run), allow_patterns=LOADED, ignore_patterns=CHECKPOINTS))
     except HFValidationError as error:  # a path
-        raise FileNotFoundError(f"{run} is not a drorl run: it is not there") from error
+        raise FileNotFoundError(f"{run} is not a drorl run: it has no {SETTINGS_FILE}") from error
     except (HTTPError, OSError) as error:
         raise FileNotFoundError(
             f"{run} is not a drorl run: it has no {SETTINGS_FILE}, and on the hub: {one_line(error)}"

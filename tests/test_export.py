@@ -104,7 +104,7 @@ def test_what_is_no_run_is_not_exported(tmp_path: Path) -> None:
     assert "is not a drorl run" in str(done.exception)
     gone = str(tmp_path / "gone")  # a path, which is no name on the hub
     done = CliRunner().invoke(app, ["export", gone, "--output", str(tmp_path / "merged")])
-    assert str(done.exception) == f"{gone} is not a drorl run: it is not there"
+    assert str(done.exception) == f"{gone} is not a drorl run: it has no drorl.json"
     assert not (tmp_path / "merged").exists()
 
 
